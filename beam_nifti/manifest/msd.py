@@ -262,7 +262,7 @@ def _paths_of(entry: Any, where: str) -> tuple[list[str], str]:
     if isinstance(entry, str):
         return [entry], ""
     if isinstance(entry, dict):
-        images, mask = entry.get("image", entry.get("images")), entry.get("label", "")
+        images, mask = entry.get("image", entry.get("images")), entry.get("label") or ""
         paths = [images] if isinstance(images, str) else images if isinstance(images, list) else []
         if paths and all(isinstance(path, str) for path in (*paths, mask)):
             return paths, mask

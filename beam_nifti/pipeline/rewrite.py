@@ -217,7 +217,8 @@ class Rewrite:
                 f"{self.output}: the fingerprint is {said}, that of its options is {was[0]}; run beam-nifti "
                 "verify"
             )
-        config = {**described.config, "fingerprint": now[was.index(said)]}
+        columns = described.config["columns"]
+        config = {**self.info.config, "columns": columns, "fingerprint": now[was.index(said)]}
         return replace(described, config=config, versions=all_versions())
 
     @cached_property
@@ -376,22 +377,31 @@ class Rewrite:
         source = None if any(changed) else self._whole_shard(shard.places)
         if source is not None:
             table = pa.Table.from_pylist(cells, schema=schema)
-            kept, old = ShardName.parse(source.name), next(iter(tables.values()))
-            is_same_place = kept is not None and kept.is_same_place(shard.name)
-            is_like = self.facts.config["fingerprint"] == self.info.config["fingerprint"]
-            if is_same_place and is_like and table.equals(_bare(old)):
-                return source, mask_labels(table) if has_masks else set()
-            self._delete_index(shard.name)
-            was, now = (storage.join(self.output, name) for name in (source.name, str(shard.name)))
-            storage.link(was, now, self.output, self.output)
-            facts = {"sha256": source.sha256, "num_bytes": str(source.num_bytes)}
+            labels = mask_labels(table) if has_masks else set[int]()
+            if self._is_unchanged(shard, source, table):
+                return source, labels
+            facts = self._link(shard, source)
         else:
             facts = self._write(shard, cells, changed)
             table = pa.Table.from_pylist(cells, schema=schema)
+            labels = mask_labels(table) if has_masks else set()
         facts = self._making(tables) | facts
         write_index(storage.join(self.output, shard.name.index_file), table, facts, self.output)
-        labels = mask_labels(table) if has_masks else set[int]()
         return describe_shard(self.output, shard.name, len(cells), facts), labels
+
+    def _is_unchanged(self, shard: _NewShard, source: ShardInfo, table: pa.Table) -> bool:
+        """Whether a present shard, whose records the new one has, can stay with its index."""
+        name, old = ShardName.parse(source.name), self._table(shard.places[0].shard)
+        is_like = self.facts.config["fingerprint"] == self.info.config["fingerprint"]
+        is_same_place = name is not None and name.is_same_place(shard.name)
+        return is_like and is_same_place and table.equals(old.replace_schema_metadata())
+
+    def _link(self, shard: _NewShard, source: ShardInfo) -> dict[str, str]:
+        """Give the file of a present shard the name of the new one; facts of the file."""
+        self._delete_index(shard.name)
+        old, new = (storage.join(self.output, name) for name in (source.name, str(shard.name)))
+        storage.link(old, new, self.output, self.output)
+        return {"sha256": source.sha256, "num_bytes": str(source.num_bytes)}
 
     def _making(self, numbers: Mapping[int, object]) -> dict[str, str]:
         # A dataset from before shards had versions has those of its last build.
@@ -562,7 +572,3 @@ class Rewrite:
         if is_strict:
             refuse_unknown_files(output, info)
         ours.write(output)
-
-
-def _bare(table: pa.Table) -> pa.Table:
-    return table.replace_schema_metadata()
