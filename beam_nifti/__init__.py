@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from beam_nifti.api import analyze as analyze
     from beam_nifti.api import build as build
     from beam_nifti.api import check as check
     from beam_nifti.api import convert as convert
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from beam_nifti.errors import TooManyFailures as TooManyFailures
     from beam_nifti.errors import UsageError as UsageError
     from beam_nifti.errors import VolumeError as VolumeError
+    from beam_nifti.inference import Preparation as Preparation
+    from beam_nifti.inference import PreparedVolume as PreparedVolume
+    from beam_nifti.inference import restore as restore
     from beam_nifti.pipeline.options import BuildOptions as BuildOptions
     from beam_nifti.random_access import Dataset as Dataset
     from beam_nifti.random_access import PatchDataset as PatchDataset
@@ -46,10 +50,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES_IN = {
-    "api": "build check convert diff extract inspect relabel report verify withdraw",
+    "api": "analyze build check convert diff extract inspect relabel report verify withdraw",
     "config": "Percentile Window",
     "errors": "BeamNiftiError BuildSummary DatasetError EngineError FailedVolume ManifestError OutputError "
     "TooManyFailures UsageError VolumeError",
+    "inference": "Preparation PreparedVolume restore",
     "random_access": "Dataset PatchDataset PatchGrid Patches",
     "reader": "load_dataset",
     "transforms": "EncodeExample LoadVolume Preprocess ReadManifest Record Rescale WriteToTFRecord",

@@ -17,6 +17,7 @@ from beam_nifti.pipeline.outputs import require_ending, require_out
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.outcomes import FAILED, SUCCESS
+from beam_nifti.support.process import require_modules
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import bytes_text, counted, size_text
 
@@ -176,6 +177,7 @@ def extract(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
         require_out(path, overwrite=options.overwrite)
     refuse_sources(options.output, paths)
     for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
+        volume = volume.on_source_grid() if options.on_source_grid else volume
         written = volume.of_mask() if options.mask else volume
         written.save(storage.absolute(path))
         with while_read():
@@ -212,7 +214,7 @@ def view(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     from beam_nifti.reporting.view import make_view
 
     require_ending(options.out, ".html")
-    api.require_modules("jinja2", "nilearn")
+    require_modules("jinja2", "nilearn")
     out = options.out or file_name(options.id, ".html")
     path = storage.absolute(out)
     if options.open and storage.is_remote(path):

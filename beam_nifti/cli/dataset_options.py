@@ -28,6 +28,7 @@ _EXTRACT_EXAMPLES = """\
 examples:
   beam-nifti extract dataset --id sub-0003
   beam-nifti extract gs://lab/dataset --id sub-0003 --out /tmp/sub-0003.nii
+  beam-nifti extract dataset --id sub-0003 --mask --on-source-grid
 
 Voxels are in the image's units. With --voxel-dtype native they are exactly those of the file;
 docs/extract.md gives the precision of the other dtypes.
@@ -48,7 +49,8 @@ examples:
   beam-nifti card cohort/dataset
   beam-nifti card gs://lab/dataset --name 'Brains of Lyon' --license CC-BY-4.0 --overwrite
 
-A build does not update these files: run the command again after a build that changed the dataset.
+A build does not update these files: run the command again with --overwrite after a build that changed the
+dataset.
 
 """
 
@@ -120,8 +122,8 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument(
         "--anonymous-ids",
         metavar="KEYFILE",
-        help="file of the key that the dataset was built with; required for --deep, and to compare with "
-        "--manifest",
+        help="file of the key that the dataset was built with; for a dataset with anonymous ids, --manifest "
+        "and --deep require it; default: none",
     )
     verify.add_argument(
         "--deep",
@@ -246,6 +248,12 @@ def _add_extract(commands: Commands) -> None:
     )
     extract.add_argument(
         "--mask", action="store_true", help="write the records' masks instead of their images"
+    )
+    extract.add_argument(
+        "--on-source-grid",
+        action="store_true",
+        help="write them with shape and affine of the images that the records were made of: preparation is "
+        "undone as far as possible",
     )
     add_overwrite(extract)
 

@@ -115,7 +115,7 @@ def _tell_end(run: RunSummary, options: argparse.Namespace) -> bool:
     try:
         if getattr(options, "summary_json", None):
             write_document(options.summary_json, run)
-        if getattr(options, "metrics_file", None) and not run.dry_run:
+        if run.command == "build" and options.metrics_file and not run.dry_run:
             from beam_nifti.cli.prometheus import write_metrics
 
             write_metrics(options.metrics_file, run)
@@ -129,6 +129,7 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
     commands: dict[str, Callable[[RunSummary, argparse.Namespace, list[str]], int]] = {
         "manifest": manifest_command.write_manifest,
         "check": build_commands.check,
+        "analyze": build_commands.analyze,
         "build": build_commands.build,
         "verify": dataset_commands.verify,
         "convert": dataset_commands.convert,

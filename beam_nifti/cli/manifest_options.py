@@ -27,7 +27,7 @@ examples:
   beam-nifti manifest bids study --suffix T1w --derivatives fmriprep --mask-suffix mask \\
       --entity mask:desc=brain --entity mask:space= --out manifest.tsv
   beam-nifti manifest bids study --suffix bold --all-images --out manifest.tsv
-  beam-nifti build manifest.tsv dataset --id-column image_id
+  beam-nifti build manifest.tsv dataset --id-column image_id --frames each
 
 The first selects the T1w image of every participant with an age in participants.tsv, and keeps sex in the
 index. The third selects images whose names have no acq-. Images, participants and sessions that are not used

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import shlex
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +25,7 @@ from beam_nifti.config import Columns, RecordConfig, Sharding, Splitting, spell_
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
 from beam_nifti.inspection.croissant import check_croissant
 from beam_nifti.inspection.problems import Problems, Scope
+from beam_nifti.inspection.rebuilding import require_functions, require_same_content
 from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_source
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.inspection.table_checks import (
@@ -66,10 +67,10 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer
 from beam_nifti.support.process import keep_buffers
 from beam_nifti.support.wording import counted, first_few
-from beam_nifti.volume.user_function import load_functions
 
 ALL: Final = 2**63 - 1  # for `deep`: every record
 _SHOWN: Final = 3  # names in a problem
+_ROW: Final = re.compile("[0-9]{1,18}")
 
 
 class OnProgress(Protocol):
@@ -147,12 +148,8 @@ def verify_dataset(
     splitting = Splitting(**drawn) if drawn else None
     record = info.record_config
     if deep:
-        if info.config["fingerprint"] in record.earlier_fingerprints:
-            raise UsageError(
-                f"--deep rebuilds records, but {output} was built by a version of beam-nifti that makes "
-                "different records from the same options; use that version, or drop --deep"
-            )
-        _require_functions(output, record, spell_steps(preprocess))
+        require_same_content(output, info, "--deep rebuilds records", ", or drop --deep")
+        require_functions(output, record, spell_steps(preprocess), "--deep")
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
     if deep and manifest is None:
         raise UsageError(
@@ -200,24 +197,6 @@ def _compared_cells(info: DatasetInfo, columns: Columns, wanted: Manifest) -> di
 def _labels_and_split(columns: Columns, record: RecordConfig) -> set[str | None]:
     """Columns of a manifest that are compared by meaning, not as written."""
     return {columns.label, "split", *(label.name for label in record.labels or ())}
-
-
-def _require_functions(output: str, record: RecordConfig, named: str | tuple[str, ...] | None) -> None:
-    """Import the functions of a dataset's records, which run only if the user names them."""
-    if named == record.preprocess:
-        load_functions(record)
-        return
-    given = ", ".join(step for step, _ in RecordConfig(preprocess=named).steps)
-    if not record.steps:
-        raise UsageError(f"--preprocess is {given}, but {output} was built without a function; drop it")
-    asked = f"--preprocess is {given}" if named else "--deep runs only a function that you name"
-    built_with = ", then ".join(
-        f"{step}, defined in a file of sha256 {digest}" for step, digest in record.steps
-    )
-    flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in record.steps)
-    raise UsageError(
-        f"{asked}; {output} was built with {built_with}; to import and run that function here, give {flags}"
-    )
 
 
 def _refuse_rebuilt(output: str, info: DatasetInfo) -> None:
@@ -268,6 +247,7 @@ class _Verifier:
         self._lock = threading.Lock()
         self._num_examples = self._num_bytes = self._num_deep = 0
         self._num_rounded: Counter[int] = Counter()
+        self._failed_rows: list[tuple[str, int, Sequence[int]]] = []
 
     def report(self) -> Verification:
         info = self._info
@@ -278,8 +258,8 @@ class _Verifier:
             num_deep=self._num_deep,
             problems=self._problems.texts(),
             notes=tuple(
-                f"{info.shards[shard].name}: {count} records differ only by rounding from those rebuilt "
-                f"here; the versions differ: {self._versions_of(shard)}"
+                f"{info.shards[shard].name}: {counted(count, 'record', 'differ')} only by rounding from "
+                f"those rebuilt here; the versions differ: {self._versions_of(shard)}"
                 for shard, count in sorted(self._num_rounded.items())
             ),
         )
@@ -390,14 +370,15 @@ class _Verifier:
             for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
                 self._problems.add(Scope.ROWS, problem)
         rows = None if wanted is None else manifest_rows(wanted, self._spec.config, cells)
-        if rows is not None and (frames := info.num_frames):
-            if rows.num_rows * frames > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:
+        if wanted is not None and rows is not None and (frames := info.num_frames):
+            per_row = self._frames_of_rows((wanted.kept_rows() + 1).tolist(), frames)
+            if sum(map(len, per_row)) > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:
                 self._problems.add(
                     Scope.ROWS,
                     f"{FILE_NAME}: num_frames is {frames}, too many for the {records.num_rows} records",
                 )
                 return
-            rows = frame_rows(rows, [range(frames)] * rows.num_rows)
+            rows = frame_rows(rows, per_row)
         if ids_are_paths(columns, info.manifest["columns"]):
             folder = storage.dirname(info.manifest["path"])
             records, failures = (relative_ids(t, folder) for t in (records, failures))
@@ -426,6 +407,15 @@ class _Verifier:
                 for problem in e.problems:
                     self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
+    def _frames_of_rows(self, numbers: Sequence[int], num_frames: int) -> list[Sequence[int]]:
+        """The frames of the image of each row that must be records or failures."""
+        if self._spec.config.max_frames is None:
+            return [range(num_frames)] * len(numbers)
+        lengths = {n: min(length, num_frames) for each in self._passes for n, length in each.lengths.items()}
+        # Of an image without a record, the failures tell; without these, its first frame is missing.
+        failed = {number: frames for _, number, frames in self._failed_rows}
+        return [range(lengths[n]) if n in lengths else failed.get(n, range(1)) for n in numbers]
+
     def _check_positions(self, failures: pa.Table) -> Iterator[str]:
         """Every split is cut into shards as config.sharding says, if its list of failures tells its rows."""
         info, frames = self._info, self._info.num_frames or 1
@@ -433,6 +423,12 @@ class _Verifier:
             return  # which is a problem of its own
         failed, passes = Counter(failures["split"].to_pylist()), iter(self._passes)
         sizes = {name: (split.num_examples + failed[name]) // frames for name, split in info.splits.items()}
+        if self._spec.config.max_frames is not None:
+            rows = {name: {n for split, n, _ in self._failed_rows if split == name} for name in info.splits}
+            for name, split in info.splits.items():
+                for found in itertools.islice(passes, len(split.shards)):
+                    rows[name].update(found.lengths)
+            sizes, passes = {name: len(numbers) for name, numbers in rows.items()}, iter(self._passes)
         layout = Layout(sizes, Sharding(**info.config["sharding"]), frames)
         for name, split in info.splits.items():
             positions = [found.positions for found in itertools.islice(passes, len(split.shards))]
@@ -466,14 +462,18 @@ class _Verifier:
             found = failure_rows(listed, self._spec.config, [*self._cells], self._wanted, folder)
             self._people = pc.unique(people_of(listed)).to_pylist()
             if frames:
-                found = frame_rows(found, failed_frames(listed, frames))
+                failed = failed_frames(listed, frames)
+                texts = listed.table["row"].to_pylist() if "row" in listed.table.column_names else []
+                numbers = (int(text) if _ROW.fullmatch(text) else 0 for text in texts)
+                self._failed_rows = list(zip(listed.splits.to_pylist(), numbers, failed, strict=False))
+                found = frame_rows(found, failed)
             if found.num_rows != count:
-                what = "frames" if frames else "lines"
+                has = counted(found.num_rows, "frame" if frames else "line")
                 problems.append(
-                    f"has {found.num_rows} {what}, but {FILE_NAME} gives {count} failures; copy it again"
+                    f"has {has}, but {FILE_NAME} gives {counted(count, 'failure')}; copy it again"
                 )
         except FileNotFoundError:
-            problems.append(f"is missing, but {FILE_NAME} gives {count} failures; copy it again")
+            problems.append(f"is missing, but {FILE_NAME} gives {counted(count, 'failure')}; copy it again")
         except ManifestError as e:
             problems.append("; ".join(e.problems))
         except DatasetError as e:

@@ -256,8 +256,8 @@ def _with_label(
         problems = Problems(root)
         for image in texts:
             problems.add(
-                f"{label} of {image.stem} is {records.cell(image, label)!r}, not a finite number (of "
-                "float32), and others are numbers; recode it"
+                f"{label} of {image.stem} is {records.cell(image, label)!r}, not a finite float32 "
+                "number, and others are numbers; recode it"
             )
         problems.stop()
     return labelled, _notes_on_choice(images, labelled, f" without {label}")
@@ -406,7 +406,7 @@ def _matches(pattern: str) -> list[str]:
     storage.require_text(paths)
     if others:
         raise UsageError(
-            f"{pattern}: matches {len(others)} files whose names do not end like an image's, such as "
+            f"{pattern}: matches {counted(len(others), 'file')} without an image's ending, such as "
             f"{others[0]}; end the pattern in .nii.gz, for example"
         )
     return paths
@@ -416,7 +416,7 @@ def _refuse_some(paths: Sequence[str], participants: Sequence[str]) -> None:
     without = [path for path, participant in zip(paths, participants, strict=True) if not participant]
     if without:
         raise UsageError(
-            f"{len(without)} of {len(paths)} paths name no participant (sub-), such as {without[0]}; "
+            f"{counted(len(without), 'path', 'do')} not name a participant (sub-), such as {without[0]}; "
             "make two manifests, or a narrower pattern"
         )
 

@@ -93,7 +93,7 @@ def decide(inputs: Inputs, *, is_dry: bool = False) -> Decision:
         )
         config = replace(config, record=record)
     config = replace(config, sharding=sharding)
-    dead = _read_saved_plan(config)
+    dead = read_saved_plan(config)
     write = SavedWrite.read(config.output)
     if dead is None and not config.overwrite:
         _refuse_foreign(config.output, published, write)
@@ -221,7 +221,7 @@ def _read_failures(output: str, published: DatasetInfo) -> Manifest | None:
         return None
 
 
-def _read_saved_plan(config: BuildConfig) -> SavedPlan | None:
+def read_saved_plan(config: BuildConfig) -> SavedPlan | None:
     """The plan of an unfinished build; with --overwrite one that cannot be read is none."""
     try:
         return SavedPlan.read(config.output)

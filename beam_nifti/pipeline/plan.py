@@ -88,13 +88,14 @@ class BuildPlan:
 
     Attributes:
         config: configuration with absolute paths, and `sharding` and `columns.label` set.
-        num_rows: rows of the manifest; of these, `num_skipped` are skipped because they lack a label.
+        num_rows: rows of the manifest; of these, `num_skipped` are skipped because they lack a label or a
+            mask.
         column_names: columns of the manifest; `extra_columns` are those that are only kept in the index.
         split_sizes: rows of each split.
         shape: required shape of every record; None if shapes may differ.
         source_dtype: dtype on disk of the first image, such as "int16" or "rgb24".
         loaded_dtype: dtype of its voxels as they are loaded.
-        key_check, manifest_name, num_unlabelled: as of `Manifest`.
+        key_check, manifest_name, num_unlabelled, num_unmasked: as of `Manifest`.
         num_frames: frames of the first image if each frame of an image becomes a record; else None.
         digest: digest of the manifest's content.
         unit_rows: largest number of rows of a work unit.
@@ -119,6 +120,7 @@ class BuildPlan:
     manifest_name: str = ""
     num_skipped: int = 0
     num_unlabelled: int = 0
+    num_unmasked: int = 0
     num_frames: int | None = None
     digest: str = ""
     unit_rows: int = 1
@@ -166,13 +168,7 @@ class BuildPlan:
     @property
     def required_shape(self) -> tuple[int | None, ...] | None:
         """Shape that every image must be loaded with; None, or None for an axis, if it may differ."""
-        record = self.config.record
-        if self.shape is None and record.channels is not None:
-            return (None, None, None, record.num_channels)
-        if self.shape is None and record.frames != "all":
-            # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
-            return (None, None, None)
-        return self.shape
+        return self.config.record.required_shape(self.shape)
 
     @property
     def required_dtype(self) -> str | None:
@@ -344,10 +340,10 @@ class CheckPlan:
     Attributes:
         config: configuration of the build, with absolute paths.
         num_rows: rows of the manifest, without those that are skipped.
-        num_skipped: rows without a label that are skipped.
+        num_skipped: rows without a label or a mask that are skipped.
         build: plan of the build into an empty output; None if it would be refused before it starts.
         refusal: why it would be refused; "" if it would not.
-        num_unlabelled: `Manifest.num_unlabelled`.
+        num_unlabelled, num_unmasked: as of `Manifest`.
     """
 
     config: BuildConfig
@@ -356,6 +352,7 @@ class CheckPlan:
     build: BuildPlan | None
     refusal: str = ""
     num_unlabelled: int = 0
+    num_unmasked: int = 0
 
 
 def with_absolute_paths(config: BuildConfig) -> BuildConfig:
@@ -404,9 +401,10 @@ def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) ->
     if record.compression == "gzip":
         # Computed voxels compress like a float32 image. What gzip finds in float32 voxels made of narrow
         # integers, it cannot find in the integers again.
-        is_computed = record.spacing is not None or record.preprocess is not None
         packed = (
-            _ASSUMED_BYTES_WIDE if is_computed else _ASSUMED_BYTES.get(source_itemsize, _ASSUMED_BYTES_WIDE)
+            _ASSUMED_BYTES_WIDE
+            if record.computes
+            else _ASSUMED_BYTES.get(source_itemsize, _ASSUMED_BYTES_WIDE)
         )
         each = min(each, packed * _ASSUMED_SHARE.get(record.voxel_dtype, 1.0))
     return num_voxels * each + _RECORD_OVERHEAD

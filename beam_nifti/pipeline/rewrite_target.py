@@ -23,7 +23,7 @@ _SHOWN: Final = 3  # names in an error
 @contextlib.contextmanager
 def holding(output: str) -> Iterator[None]:
     """Hold a local or remote output that can be written."""
-    storage.refuse_read_only(output, "OUTPUT")
+    storage.refuse_unwritable(output, "OUTPUT")
     if not storage.is_remote(output):
         require_writable_output(output)
     with lock.hold(output):

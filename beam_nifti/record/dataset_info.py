@@ -11,9 +11,12 @@ from functools import cached_property
 from typing import Any, Final
 
 from beam_nifti.config import (
+    FOLD_PARTS,
     FORMAT_FEATURES,
     FORMAT_VERSION,
     LABEL_KINDS,
+    LATER_COLUMNS,
+    LATER_OPTIONS,
     SPLIT_PATTERN,
     BuildConfig,
     Columns,
@@ -39,6 +42,7 @@ LEAST_RECORD_BYTES: Final = 16
 
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
+_FOLD: Final = re.compile(r"fold\d+", re.A)
 _FEATURE_KIND: Final = re.compile(r"(float|int64|bytes)(\[[1-9][0-9]{0,4}\])?")
 _MOST_ROWS: Final = 1 << 31
 _MOST_NAMES: Final = 1 << 16  # columns of a manifest, and features of a record
@@ -128,7 +132,7 @@ class DatasetInfo:
         num_failures: volumes that failed.
         failures: name of the file that lists the failed volumes; None if there are none.
         failures_sha256: sha256 of that file, in hex; None in version 1.
-        revision: 1 for a first build, 1 more for every rebuild in the same folder.
+        revision: 1 for a first build, plus 1 each time a build into the same folder changed the dataset.
         versions: versions of the software that wrote it.
         format_version: version of the format.
         format_features: features of the format that a reader must know, by name; empty in version 1.
@@ -172,14 +176,26 @@ class DatasetInfo:
         return bool(self.manifest["path"])
 
     @property
+    def folds(self) -> tuple[str, ...]:
+        """The names of the folds for cross-validation, from fold0 without a gap; empty if there are none."""
+        named = {name for name in self.splits if _FOLD.fullmatch(name)}
+        folds = tuple(f"fold{number}" for number in range(len(named)))
+        return folds if len(folds) > 1 and named == {*folds} else ()
+
+    @property
     def num_examples(self) -> int:
         """Records in all splits."""
         return sum(s.num_examples for s in self.splits.values())
 
     @property
     def num_skipped(self) -> int:
-        """Rows of the manifest that were skipped because they lack a label."""
+        """Rows of the manifest that were skipped because they lack a label or a mask."""
         return int(self.manifest.get("num_skipped", 0))
+
+    @property
+    def columns(self) -> Columns:
+        """The roles of the manifest's columns."""
+        return Columns(**self.config["columns"])
 
     @property
     def num_bytes(self) -> int:
@@ -191,6 +207,12 @@ class DatasetInfo:
         """The shards of all splits."""
         return tuple(shard for split in self.splits.values() for shard in split.shards)
 
+    @property
+    def first_split(self) -> str:
+        """The split to show in an example: "train", or else the first one that is not empty."""
+        filled = [name for name, split in self.splits.items() if split.num_examples]
+        return "train" if "train" in filled else next(iter([*filled, *self.splits]))
+
     def loading_call(self, path: str, **further: object) -> str:
         """A call of `reader.load_dataset` that reads this dataset.
 
@@ -198,9 +220,9 @@ class DatasetInfo:
             path: path of the dataset.
             further: arguments besides those that the dataset requires.
         """
-        filled = [name for name, split in self.splits.items() if split.num_examples]
-        split = "train" if "train" in filled else next(iter([*filled, *self.splits]))
-        needed: dict[str, object] = {}
+        split, needed = self.first_split, dict[str, object]()
+        if split in self.folds:
+            split, needed["fold"] = "train", 0
         if self.mask_labels is not None:
             needed["target"] = "mask"
         elif self.labels and self.labels[0].kind == "string":
@@ -233,7 +255,8 @@ class DatasetInfo:
             DatasetError: there is no split of that name.
         """
         if name not in self.splits:
-            raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}")
+            hint = "; give the number of a fold, such as fold=0" if self.folds and name in FOLD_PARTS else ""
+            raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}{hint}")
         return self.splits[name]
 
     def label_facts(self) -> dict[str, dict[str, Any]]:
@@ -279,7 +302,7 @@ class DatasetInfo:
         Args:
             text: content of the file.
             path: path of the file, for errors.
-            is_complete: whether the dataset is complete, not yet to be built.
+            is_complete: whether the dataset is complete; False if it is still to be built.
 
         Raises:
             DatasetError: it is damaged, was changed, has a later format or a key that its version does not
@@ -347,7 +370,8 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
             )
     config_kinds = _config_kinds()
     require_keys(facts["config"], config_kinds, _SINCE_THE_FIRST, "config")
-    require_keys(facts["config"]["columns"], hints_of(Columns), hints_of(Columns), "config.columns")
+    roles = hints_of(Columns)
+    require_keys(facts["config"]["columns"], roles, roles.keys() - LATER_COLUMNS, "config.columns")
     require_keys(facts["manifest"], _MANIFEST_KINDS, _MANIFEST_REQUIRED, "manifest")
     mask_labels = facts.get("mask_labels")
     parsed = facts | {
@@ -367,7 +391,8 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
 def _config_kinds() -> dict[str, Any]:
     """The type of each key of `config`."""
     known = {**hints_of(RecordConfig), **hints_of(BuildConfig)}
-    return {name: known[name] for name in BuildConfig("", "").as_dataset_config()} | {"fingerprint": str}
+    names = (*BuildConfig("", "").as_dataset_config(), *LATER_OPTIONS)
+    return {name: known[name] for name in names} | {"fingerprint": str}
 
 
 def _split_of(name: str, said: Any, facts: Mapping[str, Any]) -> SplitInfo:
@@ -452,12 +477,16 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
             raise ValueError(f"features.{feature} is {kind!r}, expected float, int64 or bytes, or float[N]")
     if info.mask_labels is not None and (record.mask_dtype is None or "mask_raw" not in info.features):
         raise ValueError("mask_labels are given, but the records have no masks")
+    if record.map_labels is not None and record.mask_dtype is None:
+        raise ValueError(f"config.map_labels is {record.map_labels!r}, but the records have no masks")
     if "image_raw" not in info.features:
         raise ValueError("features has no image_raw")
     num_frames = info.manifest.get("num_frames")
     is_count = num_frames is None or 0 < num_frames < 1 << 31
     if (num_frames is not None) != (record.frames == "each") or not is_count:
         raise ValueError(f"manifest.num_frames is {num_frames}, but config.frames is {record.frames!r}")
+    if record.max_frames not in (None, num_frames):
+        raise ValueError(f"manifest.num_frames is {num_frames}, but config.max_frames is {record.max_frames}")
     if not 1 <= info.revision <= LAST_REVISION:
         raise ValueError(f"revision is {info.revision}, expected 1 to {LAST_REVISION}")
     check_withdrawals(info.withdrawn, info.withdrawals, info.revision)
@@ -470,7 +499,10 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     has_digest = info.failures_sha256 is not None
     if has_digest != (info.failures is not None and info.format_version > 1):
         raise ValueError(f"failures is {info.failures!r}, but failures_sha256 is {info.failures_sha256!r}")
+    record.require_own_statistics()
     if is_complete:
+        if record.is_of_cohort and record.rescale_stats is None:
+            raise ValueError(f"config.rescale is {record.rescale!r}, but there is no config.rescale_stats")
         if not info.shards or config["sharding"] is None:
             raise ValueError("names no shards, or config.sharding is null")
         _check_sharding(info, Sharding(**config["sharding"]))
@@ -480,7 +512,10 @@ def _check_sharding(info: DatasetInfo, sharding: Sharding) -> None:
     """Refuse splits that are not cut as `config` states, whichever of them has the failures."""
     for name, split in info.splits.items():
         frames = info.num_frames or 1
-        rows = -(-split.num_examples // frames), (split.num_examples + info.num_failures) // frames
+        most_rows = split.num_examples + info.num_failures
+        if info.record_config.max_frames is None:  # else an image may have a single frame
+            most_rows //= frames
+        rows = -(-split.num_examples // frames), most_rows
         least, most = (count_shards(count, sharding, frames) for count in rows)
         if not least <= len(split.shards) <= most:
             expected = str(least) if least == most else f"{least} to {most}"

@@ -44,7 +44,7 @@ def complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[Se
     [
         (["ver"], {"verify"}),
         (["manifest", ""], {"bids", "glob", "msd", "table"}),
-        (["build", "--resc"], {"--rescale", "--rescale-within"}),
+        (["build", "--resc"], {"--rescale", "--rescale-within", "--rescale-split", "--rescale-stats"}),
         (["build", "--compression", ""], {"gzip", "none"}),
         (["build", "coh"], {"cohort", "cohort.tsv"}),
         (["build", "cohort.tsv", "coh"], {"cohort"}),

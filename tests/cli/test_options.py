@@ -36,6 +36,7 @@ BUILD: dict[str, Row] = {
     "--mask-column": ["mask"],
     "--label-column": ["age:class"],
     "--missing-label": ["skip"],
+    "--missing-mask": ["skip", "--mask-column=lesion"],
     "--id-column": ["name"],
     "--anonymous-ids": ["key"],
     "--split": ["train=0.5,test=0.5"],
@@ -48,14 +49,27 @@ BUILD: dict[str, Row] = {
     "--compression-level": ["1"],
     "--rescale": ["window:-160,240"],
     "--rescale-within": ["above:-5"],
+    "--rescale-split": "pipeline/test_analyze.py::test_the_measured_splits_are_those_that_are_named",
+    "--rescale-stats": "pipeline/test_analyze.py::test_a_build_takes_the_file_of_an_analysis",
     "--clip": ["", "--rescale=percentile:1,99"],
     "--voxel-dtype": ["uint8"],
     "--mask-dtype": ["uint16", "--mask-column=mask"],
+    "--map-labels": ["1=0", "--mask-column=mask", "--crop-foreground=mask"],
     "--frames": ["first"],
+    "--max-frames": ["2", "--frames=each"],
     "--complex": ["magnitude"],
+    "--nonfinite": ["zero"],
     "--preprocess": ["beam_nifti.volume.preprocess:orient"],
     "--orientation": ["SRA"],
     "--spacing": ["1,1,1"],
+    "--resize": ["9,9,9"],
+    "--resize-longest": ["9"],
+    "--align": ["first", "--path-column=path,other"],
+    "--reference": ["6.nii"],
+    "--antialias": ["", "--spacing=3,3,3"],
+    "--separate-z": ["auto", "--spacing=1,1,9"],
+    "--interpolation": ["cubic", "--spacing=1,1,1"],
+    "--mask-interpolation": ["linear", "--spacing=1,1,1.3", "--mask-column=mask"],
     "--crop-foreground": ["above:-1"],
     "--shape": ["9,9,9"],
     "--allow-mixed-shapes": [""],
@@ -70,10 +84,14 @@ BUILD: dict[str, Row] = {
     "--metrics-file": "cli/test_monitoring.py::test_prometheus_can_read_the_metrics_of_a_build",
 }
 CHECK: dict[str, Row] = {
+    "--rescale": ["cohort:zscore"],
+    "--rescale-split": "pipeline/test_analyze.py::test_check_tells_what_would_be_measured",
+    "--rescale-stats": "pipeline/test_analyze.py::test_check_tells_what_would_be_measured",
     "--json": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--out": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--max-bad-fraction": "pipeline/test_check_and_build.py::test_check_and_build_of_the_command_line_agree",
     "--workers": "pipeline/test_runners.py::test_workers_of_this_machine",
+    "--nonfinite": "volume/test_nonfinite.py::test_check_crops_to_finite_voxels",
     "--quiet": "cli/test_monitoring.py::test_a_log_gets_lines_of_progress",
     "--summary-json": "cli/test_monitoring.py::test_a_dry_run_a_check_and_a_verification_tell_too",
     "--temp-location": "cli/test_options.py::test_beam_gets_the_temporary_folder_of_check",
@@ -148,7 +166,14 @@ OTHERS: dict[str, dict[str, Row]] = {
     },
     "inspect": {"--record": ["a"], "--json": [""]},
     "diff": {"--json": [""]},
-    "extract": {"--id": ["b"], "--out": ["x.nii"], "--mask": [""], "--overwrite": ["", "--out=old.nii"]},
+    "extract": {
+        "--id": ["b"],
+        "--out": ["x.nii"],
+        "--mask": [""],
+        "--on-source-grid": "inspection/test_restoring.py::"
+        "test_records_are_extracted_on_the_grids_of_their_sources",
+        "--overwrite": ["", "--out=old.nii"],
+    },
     "view": {
         "--id": "reporting/test_view.py::test_left_is_left",
         "--mask": "reporting/test_view.py::test_left_is_left",
@@ -172,7 +197,27 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--quiet": "reporting/test_report.py::test_the_command",
     },
 }
-TABLE = {"build": BUILD, "check": {**BUILD, **CHECK}, **OTHERS}
+_ANALYZED = "pipeline/test_analyze.py::test_an_option_changes_what_is_measured"
+ANALYZE: dict[str, Row] = {
+    **dict.fromkeys(
+        (
+            *("--path-column", "--mask-column", "--split", "--stratify", "--split-seed", "--frames"),
+            *("--max-frames", "--complex", "--rescale", "--rescale-within", "--rescale-split"),
+            *("--nonfinite", "--align", "--preprocess", "--orientation", "--reference", "--spacing"),
+            *("--resize", "--resize-longest", "--interpolation", "--mask-interpolation", "--antialias"),
+            *("--separate-z", "--crop-foreground", "--shape", "--allow-mixed-shapes", "--map-labels"),
+            *("--missing-label", "--missing-mask", "--label-column", "--max-bad-fraction", "--id-column"),
+            *("--anonymous-ids", "--mask-dtype"),
+        ),
+        _ANALYZED,
+    ),
+    **{flag: BUILD[flag] for flag in ("--config", "--like", "--without", "--quiet")},
+    **{flag: CHECK[flag] for flag in ("--workers", "--temp-location")},
+    "--json": "pipeline/test_analyze.py::test_the_command_prints_and_writes_the_same",
+    "--out": "pipeline/test_analyze.py::test_the_command_prints_and_writes_the_same",
+    "--summary-json": "pipeline/test_analyze.py::test_the_command_prints_and_writes_the_same",
+}
+TABLE = {"analyze": ANALYZE, "build": BUILD, "check": {**BUILD, **CHECK}, **OTHERS}
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
@@ -222,12 +267,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if number == 4:
             voxels = np.stack([voxels] * 2, axis=3)
         write_image(root / f"{number}.nii", voxels)
+        write_image(root / f"other{number}.nii", brain((7, 6, 6), number))
         write_image(root / f"mask{number}.nii", np.ones((6, 5, 4), np.uint8))
         rows.append(
             {
                 "path": f"{number}.nii",
                 "second": f"{(number + 1) % 6}.nii",
                 "mask": f"mask{number}.nii",
+                "other": f"other{number}.nii",
+                "lesion": "" if number == 1 else f"mask{number}.nii",
                 "age": "" if number == 1 else number,
                 "name": f"n{number}",
                 "site": "ab"[number % 2],
@@ -250,7 +298,7 @@ def config_of(command: str, folder: Path, *flags: str) -> BuildConfig:
 def words_of(flag: str, row: Row, folder: Path) -> tuple[list[str], list[str]]:
     """An option with its value; and the further options that it is of use with."""
     value, *further = row
-    if flag in ("--anonymous-ids", "--temp-location"):
+    if flag in ("--anonymous-ids", "--temp-location", "--reference"):
         value = str(folder / value)
     if flag == "--missing-label":
         further = ["--label-column=age"]
@@ -429,7 +477,10 @@ def test_no_argument_is_empty(value: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["verify", "out", "--shape=1,2,3"], "--shape is an option of check and build, not of verify"),
+        (
+            ["verify", "out", "--shape=1,2,3"],
+            "--shape is an option of check, analyze and build, not of verify",
+        ),
         (["inspect", "out", "--jsn"], "unknown flag --jsn; did you mean --json?"),
         (["verify", "out", "--manifes=x"], "did you mean --manifest?"),
         (
@@ -451,6 +502,8 @@ NUMBERS = [
     "--max-bad-fraction={}",
     "--shuffle-seed={}",
     "--shape={},9,10",
+    "--resize=9,{},10",
+    "--resize-longest={}",
     "--spacing=1,{},1",
     "--rescale=window:{},1e99",
     "--rescale-within=above:{}",
