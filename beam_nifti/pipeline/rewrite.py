@@ -11,7 +11,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, BinaryIO, Final
@@ -80,6 +80,7 @@ from beam_nifti.record.versions import all_versions, record_versions, versions_f
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted, first_few
+from beam_nifti.volume.files import frames_of
 
 _REWRITTEN_FACT: Final = "rewritten_for"
 """Key, in the metadata of an index, of the token of the rewriting that wrote it."""
@@ -231,6 +232,18 @@ class Rewrite:
         return found
 
     @cached_property
+    def _lengths(self) -> dict[str, int]:
+        """Frames of each image that has a record, by its id, if images may have fewer than others."""
+        found = dict[str, int]()
+        if self.info.record_config.max_frames is not None:
+            for shard in self.info.shards:
+                columns = ["example_id", "frame", "source_shape"]
+                for cells in read_shard_index(self.output, self.info, shard, columns).to_pylist():
+                    image_id = cells["example_id"].removesuffix(frame_id("", cells["frame"]))
+                    found[image_id] = frames_of(cells["source_shape"])
+        return found
+
+    @cached_property
     def _failed(self) -> dict[str, tuple[str, str, str, tuple[int, ...] | None]]:
         """Stage, error, message and frames of each failure, by the id of its image."""
         info, name = self.info, self.info.failures
@@ -262,6 +275,12 @@ class Rewrite:
             )
         }
 
+    def count_failures(self, image_ids: Iterable[str]) -> int:
+        """Failed volumes of some images of the dataset."""
+        frames = range(self.info.num_frames or 1)
+        found = (self._failed[name] for name in image_ids if name in self._failed)
+        return sum(len(frames if numbers is None else numbers) for *_, numbers in found)
+
     def _shards(self, failures: list[Failure]) -> Iterator[_NewShard]:
         """The shards to write; adds the failures of their rows."""
         plan = self.plan
@@ -278,8 +297,9 @@ class Rewrite:
                 images = order[positions.start // frames : positions.stop // frames].tolist()
                 records, places = list[VolumeRow](), list[_Place]()
                 for row in self.manifest.rows(images, positions.start, str(name), 0, plan.num_frames):
-                    missing = [each for each in row.records() if each.example_id not in self._places]
-                    found = [each for each in row.records() if each.example_id in self._places]
+                    expected = row.records()[: self._lengths.get(row.example_id)]
+                    missing = [each for each in expected if each.example_id not in self._places]
+                    found = [each for each in expected if each.example_id in self._places]
                     records += found
                     places += (self._places[each.example_id] for each in found)
                     if missing:

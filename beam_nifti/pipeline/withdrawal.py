@@ -38,10 +38,11 @@ _SHOWN: Final = 20
 
 @dataclass(frozen=True)
 class _People:
-    """The participants to withdraw, as the dataset writes them, and their rows in the manifest."""
+    """The participants to withdraw, as the dataset writes them, and their rows and images in the manifest."""
 
     names: tuple[str, ...]
     is_theirs: pa.Array
+    image_ids: tuple[str, ...]
 
 
 def people_of(manifest: Manifest) -> pa.Array:
@@ -158,7 +159,7 @@ def _find(manifest: Manifest, names: Mapping[str, str]) -> _People:
     is_theirs = pc.is_in(people, value_set=pa.array([*names], pa.string()))
     if pc.all(is_theirs).as_py():
         raise UsageError(f"{manifest.path}: has no other participants; delete the dataset instead")
-    return _People(tuple(names), is_theirs)
+    return _People(tuple(names), is_theirs, tuple(manifest.ids.filter(is_theirs).to_pylist()))
 
 
 def _without(
@@ -188,17 +189,14 @@ def _stated(rewrite: Rewrite, people: _People) -> DatasetInfo:
         if count:
             shards.append(RemovedShard(shard.name, shard.sha256))
             num_examples += count
-    num_rows = int(pc.sum(people.is_theirs).as_py())
     facts = rewrite.facts
-    num_volumes = info.num_examples + info.num_failures
-    num_left = rewrite.plan.num_examples
     statement = Withdrawal(
         revision=facts.revision,
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         num_people=len(people.names),
-        num_rows=num_rows,
+        num_rows=len(people.image_ids),
         num_examples=num_examples,
-        num_failures=num_volumes - num_left - num_examples,
+        num_failures=rewrite.count_failures(people.image_ids),
         info_sha256=hashlib.sha256(rewrite.content).hexdigest(),
         shards=tuple(shards),
     )

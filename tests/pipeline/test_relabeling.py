@@ -57,6 +57,10 @@ CASES: Mapping[str, tuple[Row, Row]] = {
         {"columns": Columns(label="label:float,site", mask="mask"), "sharding": Sharding(3)},
     ),
     "each frame": ({"frames": "each"}, {"columns": Columns(path="bold", label="site:class")}),
+    "frames of runs": (
+        {"frames": "each", "max_frames": 3},
+        {"columns": Columns(path="runs", mask=None), "sharding": Sharding(6)},
+    ),
     "shuffled": ({}, {"columns": Columns(path="path,second", label="site:string"), "shuffle_seed": 3}),
 }
 

@@ -44,10 +44,12 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
             if name != "p1b":
                 frames = voxels[:9, :8, :, None] * np.array([1, name != "p5a"], np.int16)
                 write_image(folder / f"bold/{name}.nii", frames)
+                write_image(folder / f"runs/{name}.nii", frames.repeat(1 + i % 2, 3)[..., : 1 + i % 3])
             rows.append(
                 {
                     **{"participant_id": person, "session_id": session, "path": f"{name}.nii"},
                     **{"second": f"second/{name}.nii", "mask": f"mask/{name}.nii"},
+                    **{"runs": f"runs/{name}.nii", "some": f"mask/{name}.nii" if i % 3 else "n/a"},
                     **{"bold": f"bold/{name}.nii", "label": i / 2, "site": "ABCDEFG"[i]},
                     **{
                         "grade": "" if i == 3 else i,
@@ -82,6 +84,8 @@ CASES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "uncompressed": ({"compression": "none"}, {"columns": Columns(mask="mask")}),
     "channels, ids": ({"rescale": "percentile:1,99"}, {"columns": Columns(path="path,second", id="path")}),
     "each frame": ({"frames": "each"}, {"columns": Columns(path="bold")}),
+    "frames of runs": ({"frames": "each", "max_frames": 3}, {"columns": Columns(path="runs")}),
+    "missing masks": ({}, {"columns": Columns(mask="some", missing_mask="empty")}),
     "labels": ({}, {"columns": Columns(label="label:float,site,note:string")}),
     "labels, shards of five": (
         {"voxel_dtype": "uint8"},
@@ -257,7 +261,9 @@ def test_anonymous_ids(study: Path, tmp_path: Path) -> None:
     key, output = tmp_path / "key", tmp_path / "out"
     key.write_bytes(bytes(range(32)))
     options: dict[str, Any] = {"max_bad_fraction": 0.5, "anonymous_ids": str(key)}
-    study, rest = (without(study, people, ("second", "mask", "bold")) for people in ((), ("p4",)))
+    study, rest = (
+        without(study, people, ("second", "mask", "bold", "runs", "some")) for people in ((), ("p4",))
+    )
     build_dataset(study, output, **options)
     other = shutil.copytree(output, tmp_path / "other")
     fresh = build_dataset(rest, tmp_path / "fresh", **options)
