@@ -38,7 +38,10 @@ _SHOWN: Final = 20
 
 @dataclass(frozen=True)
 class _People:
-    """The participants to withdraw, as the dataset writes them, and their rows and images in the manifest."""
+    """The participants to withdraw, as the dataset writes them, and their rows and images in the manifest.
+
+    Rows that were appended since the dataset was built are not among them.
+    """
 
     names: tuple[str, ...]
     is_theirs: pa.Array
@@ -116,18 +119,20 @@ def withdraw_people(
     if rows is None and storage.exists(path):
         rows = storage.read(path)
     known = read_manifest(path, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
-    if known.digest() != info.manifest["digest"]:
+    num_rows = info.manifest["num_rows"]
+    if len(known) < num_rows or known.digest(num_rows) != info.manifest["digest"]:
         raise UsageError(
             f"{path}: is not the manifest that {output} was built from; give that one, which still has the "
-            "rows of the participants"
+            "rows of the participants; rows may have been appended"
         )
-    people = _find(known, {name: text for name, text in names.items() if name not in gone})
+    left = {name: text for name, text in names.items() if name not in gone}
+    people = _find(known, left, num_rows, output)
     rest = _without(path, rows, people, info, pseudonyms)
     rewrite = Rewrite(output, content, info, rest)
     with rewrite.opened(overwrite=overwrite, is_strict=True):
         finish = _stated(rewrite, people)
         made = rewrite.run(finish, current_progress())
-    _tell(path, people, output, made)
+    _tell(known, people, output)
     return made
 
 
@@ -147,27 +152,31 @@ def _as_written(info: DatasetInfo, pseudonyms: Pseudonyms | None) -> Callable[[s
     return written
 
 
-def _find(manifest: Manifest, names: Mapping[str, str]) -> _People:
-    """Participants and their rows; `names` has the text that was given for each name in the dataset."""
-    people = people_of(manifest)
+def _find(manifest: Manifest, names: Mapping[str, str], num_rows: int, output: str) -> _People:
+    """Participants and their rows among the first `num_rows`, of which the dataset was built.
+
+    `names` has the text that was given for each name in the dataset.
+    """
+    people = people_of(manifest).slice(0, num_rows)
     present = set(pc.unique(people).to_pylist())
     if unknown := [text for name, text in names.items() if name not in present]:
         what = "participant" if "participant_id" in manifest.table.column_names else "example"
         raise UsageError(
-            f"{manifest.path}: has no {what} {first_few(unknown, _SHOWN)}; give ids exactly as they are there"
+            f"{output}: has no {what} {first_few(unknown, _SHOWN)}; give ids exactly as in {manifest.path}"
         )
     is_theirs = pc.is_in(people, value_set=pa.array([*names], pa.string()))
     if pc.all(is_theirs).as_py():
-        raise UsageError(f"{manifest.path}: has no other participants; delete the dataset instead")
-    return _People(tuple(names), is_theirs, tuple(manifest.ids.filter(is_theirs).to_pylist()))
+        raise UsageError(f"{output}: has no other participants; delete it instead")
+    ids = manifest.ids.slice(0, num_rows).filter(is_theirs).to_pylist()
+    return _People(tuple(names), is_theirs, tuple(ids))
 
 
 def _without(
     path: str, rows: bytes | None, people: _People, info: DatasetInfo, pseudonyms: Pseudonyms | None
 ) -> Manifest:
-    """The manifest without the rows of the participants."""
+    """The manifest that the dataset was built from, without the rows of the participants."""
     columns, splitting = options_of(info)
-    table = read_table(path, content=rows).filter(pc.invert(people.is_theirs))
+    table = read_table(path, content=rows).slice(0, len(people.is_theirs)).filter(pc.invert(people.is_theirs))
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
     beside = storage.join(storage.dirname(path), "manifest.parquet")
@@ -205,12 +214,13 @@ def _stated(rewrite: Rewrite, people: _People) -> DatasetInfo:
     return replace(facts, withdrawn=(*info.withdrawn, *hashes), withdrawals=withdrawals)
 
 
-def _tell(path: str, people: _People, output: str, info: DatasetInfo) -> None:
+def _tell(manifest: Manifest, people: _People, output: str) -> None:
     """Say what is left to do."""
-    rows = [at + 1 for at, is_theirs in enumerate(people.is_theirs.to_pylist()) if is_theirs]
+    theirs = {*people.names}
+    rows = [at + 1 for at, name in enumerate(people_of(manifest).to_pylist()) if name in theirs]
     logs.LOGGER.warning(
         "%s: drop %s %s; builds of %s refuse %s",
-        path,
+        manifest.path,
         "row" if len(rows) == 1 else "rows",
         first_few(rows, _SHOWN),
         output,

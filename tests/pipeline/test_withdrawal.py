@@ -291,6 +291,23 @@ def test_ids_without_participants(study: Path, tmp_path: Path) -> None:
         build_dataset(manifest, output, max_bad_fraction=0.5)
 
 
+def test_rows_that_were_appended_meanwhile_do_not_matter(
+    study: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = study.read_text().splitlines()[1]
+    longer = study.with_name("appended.tsv")
+    longer.write_text(
+        f"{study.read_text()}{first.replace('p0', 'p9', 1)}\n{first.replace(chr(9) + 'a', chr(9) + 'c', 1)}\n"
+    )
+    other = shutil.copytree(dataset, tmp_path / "other")
+    bn.withdraw(dataset, "p0", manifest=longer, progress=False)
+    assert "drop rows 1, 2, 16; builds" in caplog.text
+    bn.withdraw(other, "p0", manifest=study, progress=False)
+    assert contents(dataset) == contents(other)
+    with pytest.raises(UsageError, match="has no participant p9"):
+        bn.withdraw(dataset, "p9", manifest=without(longer, ("p0",)), progress=False)
+
+
 def test_splits_that_are_drawn_are_drawn_again(study: Path, tmp_path: Path) -> None:
     manifest, rest = (without(study, people, ("split",)) for people in ((), ("p0",)))
     drawn = Splitting({"train": 0.6, "test": 0.4}, stratify="note")
@@ -313,8 +330,8 @@ def test_a_table_in_memory_is_a_manifest(study: Path, dataset: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("people", "manifest", "said"),
     [
-        ("p8", {}, "manifest.tsv: has no participant p8; give ids exactly as they are there"),
-        (PEOPLE, {}, "has no other participants; delete the dataset instead"),
+        ("p8", {}, "dataset: has no participant p8; give ids exactly as in .*manifest.tsv"),
+        (PEOPLE, {}, "dataset: has no other participants; delete it instead"),
         ((), {}, "no participant is named"),
         (("p1", ""), {}, "no participant is named"),
         ("p1", {"people": ("p0",)}, "is not the manifest that .* was built from; give that one"),
