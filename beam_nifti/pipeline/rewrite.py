@@ -1,8 +1,7 @@
 """Makes the dataset that a build of another manifest would give, of the records of the present one.
 
-The images are not needed. Records are copied as they are, unless their labels change. One thread writes the
-shards one after the other, from front to back, so there are no part files: after an interruption, finished
-shards are kept.
+The images are not needed. Records are copied as they are, unless their labels change. One thread writes a
+shard from front to back, so there are no part files: after an interruption, finished shards are kept.
 """
 
 from __future__ import annotations
@@ -11,18 +10,19 @@ import contextlib
 import functools
 import hashlib
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 
-from beam_nifti.config import BuildConfig, Columns, Sharding, Splitting
+from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, ShardError, UsageError
 from beam_nifti.manifest.labels import label_of
 from beam_nifti.manifest.manifest import Manifest, VolumeRow, frame_id
-from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.failures import Failure, failed_frames, ids_are_paths, write_failures
@@ -88,29 +88,6 @@ _REWRITTEN_FACT: Final = "rewritten_for"
 _SHOWN: Final = 3
 
 
-def options_of(info: DatasetInfo) -> tuple[Columns, Splitting | None]:
-    """The columns and the drawing of splits with which a dataset's manifest is read."""
-    drawn = info.config.get("splitting")
-    return Columns(**info.config["columns"]), Splitting(**drawn) if drawn else None
-
-
-def pseudonyms_of(output: str, info: DatasetInfo, key: str | None) -> Pseudonyms | None:
-    """The pseudonyms of a dataset with anonymous ids, by the file of their key.
-
-    Raises:
-        UsageError: the key is missing, another one, or not needed.
-    """
-    check = info.manifest.get("key_check")
-    if check is None and key is not None:
-        raise UsageError(f"{output}: its ids are not anonymous; drop --anonymous-ids")
-    if check is not None and key is None:
-        raise UsageError(f"{output}: its ids are anonymous; give the file of their key with --anonymous-ids")
-    pseudonyms = read_pseudonyms(key) if key else None
-    if pseudonyms and pseudonyms.check != check:
-        raise UsageError(f"{key}: not the key that {output} was built with; give that key")
-    return pseudonyms
-
-
 @dataclass(frozen=True, slots=True)
 class _Place:
     """Where a record is: number of its shard, in the order of the dataset, and its number in the shard."""
@@ -137,7 +114,7 @@ class Rewrite:
         output: folder of the dataset, an absolute path or a URL.
         content: its dataset_info.json, as it was read.
         info: the same, parsed.
-        manifest: manifest of the dataset to make, read with `options_of`. Each of its rows must be in the
+        manifest: manifest of the dataset to make. Each of its rows must be in the
             dataset, as a record or as a failure, with the same images.
         path: path of its file, if that becomes the dataset's; None to keep the one in `info`.
     """
@@ -169,13 +146,12 @@ class Rewrite:
     def plan(self) -> BuildPlan:
         """The plan of a build of the manifest, as far as its records are concerned."""
         info, manifest = self.info, self.manifest
-        _, splitting = options_of(info)
         config = BuildConfig(
             manifest=self.path or info.manifest["path"],
             output=self.output,
             record=replace(info.record_config, labels=manifest.label_columns or None),
             columns=manifest.columns,
-            splitting=splitting,
+            splitting=info.splitting,
             sharding=Sharding(**info.config["sharding"]),
             shuffle_seed=info.config.get("shuffle_seed"),
             allow_mixed_shapes=info.config.get("allow_mixed_shapes", False),
@@ -256,7 +232,7 @@ class Rewrite:
             raise DatasetError(f"{path}: is missing; copy it again") from e
         if info.failures_sha256 != hashlib.sha256(content).hexdigest():
             raise DatasetError(f"{path}: is not the file that {FILE_NAME} describes; copy it again")
-        columns, _ = options_of(info)
+        columns = info.columns
         listed = read_manifest(path, columns, content=content, is_list=True)
         frames: Sequence[tuple[int, ...] | None] = [None] * len(listed)
         if info.num_frames and "frames" in listed.table.column_names:
@@ -337,12 +313,13 @@ class Rewrite:
 
     # Writing
 
-    def run(self, finish: DatasetInfo, progress: Progress) -> DatasetInfo:
+    def run(self, finish: DatasetInfo, progress: Progress, workers: int) -> DatasetInfo:
         """Write and publish the dataset; `opened` must have been entered.
 
         Args:
             finish: `facts`, completed.
             progress: gets what is written.
+            workers: number of threads, each of which writes one shard at a time.
 
         Raises:
             UsageError: a row has other images than its record.
@@ -351,9 +328,8 @@ class Rewrite:
         """
         splits: dict[str, list[ShardInfo]] = {split: [] for split in self.plan.split_sizes}
         failures, labels = list[Failure](), set[int]()
-        for shard in self._shards(failures):
-            made, found = self._make(shard)
-            splits[shard.split].append(made)
+        for split, made, found in self._made(failures, workers):
+            splits[split].append(made)
             labels |= found
             progress.add(shards=1, volumes=made.num_examples, num_bytes=made.num_bytes)
         lock.require_held(self.output)
@@ -369,6 +345,21 @@ class Rewrite:
         publish_info(info, self.output)
         end_rewriting(self.output, info)
         return info
+
+    def _made(self, failures: list[Failure], workers: int) -> Iterator[tuple[str, ShardInfo, set[int]]]:
+        """Split, shard, and labels of masks of each new shard, in order; adds the failures of their rows."""
+        waiting = deque[tuple[str, Future[tuple[ShardInfo, set[int]]]]]()
+        with ThreadPoolExecutor(workers, thread_name_prefix="rewrite") as pool:
+            try:
+                for shard in self._shards(failures):
+                    waiting.append((shard.split, pool.submit(self._make, shard)))
+                    if len(waiting) > 2 * workers:  # rows are made for these, not for the whole dataset
+                        split, done = waiting.popleft()
+                        yield split, *done.result()
+                for split, done in waiting:
+                    yield split, *done.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _write_failures(self, failures: Sequence[Failure]) -> tuple[str | None, str | None]:
         if not failures:

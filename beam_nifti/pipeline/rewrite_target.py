@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Final
 
-from beam_nifti.errors import OutputError
+from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root, remove_parts
 from beam_nifti.pipeline.publish import clean_up, files_of, remove_files, require_writable_output
@@ -91,3 +91,9 @@ def refuse_unknown_files(output: str, info: DatasetInfo) -> None:
             f"{output}: holds {counted(len(unknown), 'file')} ({first_few(unknown, _SHOWN)}) that "
             f"{FILE_NAME} does not name, and that may hold records of earlier revisions; delete them first"
         )
+
+
+def require_workers(workers: int) -> None:
+    """Refuse a number of threads below 1, with a UsageError."""
+    if workers < 1:
+        raise UsageError(f"--workers is {workers}; it must be at least 1")

@@ -16,12 +16,12 @@ import pyarrow.parquet
 
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.manifest.manifest import Manifest, frame_id
-from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms
+from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.manifest.tables import Problems, read_table
 from beam_nifti.pipeline.progress import current_progress
-from beam_nifti.pipeline.rewrite import Rewrite, options_of, pseudonyms_of
-from beam_nifti.pipeline.rewrite_target import end_rewriting, holding, refuse_unknown_files
+from beam_nifti.pipeline.rewrite import Rewrite
+from beam_nifti.pipeline.rewrite_target import end_rewriting, holding, refuse_unknown_files, require_workers
 from beam_nifti.record.dataset_files import CROISSANT_FILE, FILE_NAME, read_content
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.shard_index import read_shard_index
@@ -94,11 +94,13 @@ def withdraw_people(
     rows: bytes | None = None,
     anonymous_ids: str | None = None,
     overwrite: bool = False,
+    workers: int = 1,
 ) -> DatasetInfo:
     """Remove participants, as `beam_nifti.withdraw`, which documents arguments and errors.
 
     `rows` is the Parquet file of a manifest in memory.
     """
+    require_workers(workers)
     if not participants or not all(participants):
         raise UsageError("no participant is named, or one by an empty id; give their ids")
     content = read_content(output)
@@ -115,10 +117,9 @@ def withdraw_people(
         logs.LOGGER.info("%s: without these participants already", output)
         return info
     path = storage.absolute(manifest)
-    columns, splitting = options_of(info)
     if rows is None and storage.exists(path):
         rows = storage.read(path)
-    known = read_manifest(path, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
+    known = read_manifest(path, info.columns, info.splitting, pseudonyms, content=rows, is_of_dataset=True)
     num_rows = info.manifest["num_rows"]
     if len(known) < num_rows or known.digest(num_rows) != info.manifest["digest"]:
         raise UsageError(
@@ -131,9 +132,26 @@ def withdraw_people(
     rewrite = Rewrite(output, content, info, rest)
     with rewrite.opened(overwrite=overwrite, is_strict=True):
         finish = _stated(rewrite, people)
-        made = rewrite.run(finish, current_progress())
+        made = rewrite.run(finish, current_progress(), workers)
     _tell(known, people, output)
     return made
+
+
+def pseudonyms_of(output: str, info: DatasetInfo, key: str | None) -> Pseudonyms | None:
+    """The pseudonyms of a dataset with anonymous ids, by the file of their key.
+
+    Raises:
+        UsageError: the key is missing, another one, or not needed.
+    """
+    check = info.manifest.get("key_check")
+    if check is None and key is not None:
+        raise UsageError(f"{output}: its ids are not anonymous; drop --anonymous-ids")
+    if check is not None and key is None:
+        raise UsageError(f"{output}: its ids are anonymous; give the file of their key with --anonymous-ids")
+    pseudonyms = read_pseudonyms(key) if key else None
+    if pseudonyms and pseudonyms.check != check:
+        raise UsageError(f"{key}: not the key that {output} was built with; give that key")
+    return pseudonyms
 
 
 def _as_written(info: DatasetInfo, pseudonyms: Pseudonyms | None) -> Callable[[str], str]:
@@ -175,14 +193,13 @@ def _without(
     path: str, rows: bytes | None, people: _People, info: DatasetInfo, pseudonyms: Pseudonyms | None
 ) -> Manifest:
     """The manifest that the dataset was built from, without the rows of the participants."""
-    columns, splitting = options_of(info)
     table = read_table(path, content=rows).slice(0, len(people.is_theirs)).filter(pc.invert(people.is_theirs))
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
     beside = storage.join(storage.dirname(path), "manifest.parquet")
     try:
         return read_manifest(
-            beside, columns, splitting, pseudonyms, content=sink.getvalue(), is_of_dataset=True
+            beside, info.columns, info.splitting, pseudonyms, content=sink.getvalue(), is_of_dataset=True
         )
     except ManifestError as e:
         raise ManifestError(path, e.problems, "not usable without the participants") from e

@@ -180,6 +180,20 @@ def test_rows_may_be_in_another_order(study: Path, dataset: Path, tmp_path: Path
     assert contents(dataset) == contents(fresh)
 
 
+def test_workers_do_not_change_the_bytes(study: Path, tmp_path: Path) -> None:
+    options: Row = {"max_bad_fraction": 0.5, "sharding": Sharding(examples_per_shard=1)}
+    first = build_dataset(study, tmp_path / "0", **options)
+    outputs = [first, *(shutil.copytree(first, tmp_path / f"{number}") for number in (1, 2))]
+    made = []
+    for output, workers in zip(outputs, (1, 2, 5), strict=True):
+        bn.relabel(output, changed(study, other_labels), workers=workers, progress=False)
+        bn.withdraw(output, "p2", manifest=study.with_name("changed.tsv"), workers=workers, progress=False)
+        made.append(contents(output))
+    assert made[0] == made[1] == made[2]
+    with pytest.raises(UsageError, match="workers is 0; it must be at least 1"):
+        bn.relabel(first, study, workers=0, progress=False)
+
+
 def test_who_was_withdrawn_stays_so(study: Path, dataset: Path) -> None:
     info = bn.withdraw(dataset, "p3", manifest=study, progress=False)
     with pytest.raises(bn.ManifestError, match="was withdrawn"):
