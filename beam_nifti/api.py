@@ -401,6 +401,7 @@ def withdraw(
     manifest: ManifestTable,
     anonymous_ids: Path | None = None,
     overwrite: bool = False,
+    workers: SupportsIndex | None = None,
     progress: bool | Watcher = True,
 ) -> DatasetInfo:
     """Remove participants from a dataset, without the images of the others.
@@ -416,6 +417,7 @@ def withdraw(
         manifest: manifest that the dataset was built from, with the rows of the participants.
         anonymous_ids: file of the key that the dataset was built with, if its ids are anonymous.
         overwrite: whether to discard an unfinished build in the folder, which may hold records of theirs.
+        workers: number of threads, each of which writes one shard at a time. Default: all cores.
         progress: same as for `build`.
 
     Returns:
@@ -429,18 +431,22 @@ def withdraw(
         OutputError: it holds an unfinished build or files of unknown origin, or cannot be written.
         OSError: a disk or a store failed.
     """
+    from beam_nifti.pipeline.options import read_integer
     from beam_nifti.pipeline.progress import no_progress, show_progress
     from beam_nifti.pipeline.withdrawal import withdraw_people
     from beam_nifti.record.dataset_info import read_info
 
     watcher = _watcher(progress)
+    num_workers = count_cores() if workers is None else read_integer("--workers", workers)
     output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
     names = [participants] if isinstance(participants, str) else [*participants]
     path, rows = _path_of(manifest), _rows_of(manifest, key)
     info = read_info(output)
     watcher.on_dataset(info)
     with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
-        return withdraw_people(output, names, path, rows=rows, anonymous_ids=key, overwrite=overwrite)
+        return withdraw_people(
+            output, names, path, rows=rows, anonymous_ids=key, overwrite=overwrite, workers=num_workers
+        )
 
 
 @_in_python
@@ -452,6 +458,7 @@ def relabel(
     missing_label: str | None = None,
     anonymous_ids: Path | None = None,
     overwrite: bool = False,
+    workers: SupportsIndex | None = None,
     progress: bool | Watcher = True,
 ) -> DatasetInfo:
     """Give the records of a dataset the labels, splits and further columns of a changed manifest.
@@ -466,6 +473,7 @@ def relabel(
         missing_label: what to do with rows without a label, as for `build`. Default: as in the dataset.
         anonymous_ids: file of the key that the dataset was built with, if its ids are anonymous.
         overwrite: whether to discard an unfinished build in the folder.
+        workers: number of threads, each of which writes one shard at a time. Default: all cores.
         progress: same as for `build`.
 
     Returns:
@@ -478,11 +486,13 @@ def relabel(
         OutputError: it holds an unfinished build, or cannot be written.
         OSError: a disk or a store failed.
     """
+    from beam_nifti.pipeline.options import read_integer
     from beam_nifti.pipeline.progress import no_progress, show_progress
     from beam_nifti.pipeline.relabeling import relabel_dataset
     from beam_nifti.record.dataset_info import read_info
 
     watcher = _watcher(progress)
+    num_workers = count_cores() if workers is None else read_integer("--workers", workers)
     output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
     path, rows = _path_of(manifest), _rows_of(manifest, key)
     labels = label_column if label_column is None or isinstance(label_column, str) else ",".join(label_column)
@@ -497,6 +507,7 @@ def relabel(
             missing_label=missing_label,
             anonymous_ids=key,
             overwrite=overwrite,
+            workers=num_workers,
         )
 
 

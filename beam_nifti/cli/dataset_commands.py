@@ -101,6 +101,7 @@ def relabel(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
         missing_label=options.missing_label,
         anonymous_ids=options.anonymous_ids,
         overwrite=options.overwrite,
+        workers=options.workers,
         progress=CommandWatcher(run, options),
     )
     _know(run, info)
@@ -137,6 +138,7 @@ def withdraw(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
         manifest=options.manifest,
         anonymous_ids=options.anonymous_ids,
         overwrite=options.overwrite,
+        workers=options.workers,
         progress=CommandWatcher(run, options),
     )
     _know(run, info)

@@ -182,6 +182,7 @@ def _add_relabel(commands: Commands) -> None:
         help="file of the key that the dataset was built with, if its ids are anonymous",
     )
     add_overwrite(relabel, "an unfinished build in OUTPUT, which is discarded")
+    add_workers(relabel, "; each writes one shard at a time")
     add_quiet(relabel)
     add_summary(relabel)
 
@@ -210,6 +211,7 @@ def _add_withdraw(commands: Commands) -> None:
         help="file of the key that the dataset was built with, if its ids are anonymous",
     )
     add_overwrite(withdraw, "an unfinished build in OUTPUT, which is discarded")
+    add_workers(withdraw, "; each writes one shard at a time")
     add_quiet(withdraw)
     add_summary(withdraw)
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import Columns, RecordConfig, Sharding, Splitting, spell_steps
+from beam_nifti.config import Columns, RecordConfig, Sharding, spell_steps
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
 from beam_nifti.inspection.croissant import check_croissant
 from beam_nifti.inspection.problems import Problems, Scope
@@ -144,8 +144,7 @@ def verify_dataset(
         raise UsageError("--preprocess is for --deep, which rebuilds records; add --deep, or drop it")
     output = storage.absolute(output)
     info = read_info(output)
-    columns, drawn = Columns(**info.config["columns"]), info.config.get("splitting")
-    splitting = Splitting(**drawn) if drawn else None
+    columns, splitting = info.columns, info.splitting
     record = info.record_config
     if deep:
         require_same_content(output, info, "--deep rebuilds records", ", or drop --deep")

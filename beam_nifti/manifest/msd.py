@@ -262,7 +262,7 @@ def _paths_of(entry: Any, where: str) -> tuple[list[str], str]:
     if isinstance(entry, str):
         return [entry], ""
     if isinstance(entry, dict):
-        images, mask = entry.get("image", entry.get("images")), entry.get("label", "")
+        images, mask = entry.get("image", entry.get("images")), entry.get("label") or ""
         paths = [images] if isinstance(images, str) else images if isinstance(images, list) else []
         if paths and all(isinstance(path, str) for path in (*paths, mask)):
             return paths, mask
@@ -339,7 +339,10 @@ def _notes_on_use(
     without = Counter(case.split for case in cases if not case.mask)
     if _MASK in columns and without:
         texts = [f"{counted(count, 'case')} of {split}" for split, count in without.items()]
-        yield f"{' and '.join(texts)} without a mask; --only train lists the training cases alone"
+        yield (
+            f"{' and '.join(texts)} without a mask: build with --missing-mask empty or skip, or list the "
+            "training cases alone with --only train"
+        )
 
 
 def _labels_text(labels: Any) -> str:

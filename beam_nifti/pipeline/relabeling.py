@@ -12,9 +12,9 @@ from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.outputs import refuse_own
 from beam_nifti.pipeline.progress import current_progress
-from beam_nifti.pipeline.rewrite import Rewrite, options_of, pseudonyms_of
-from beam_nifti.pipeline.rewrite_target import end_rewriting, holding
-from beam_nifti.pipeline.withdrawal import refuse_withdrawn
+from beam_nifti.pipeline.rewrite import Rewrite
+from beam_nifti.pipeline.rewrite_target import end_rewriting, holding, require_workers
+from beam_nifti.pipeline.withdrawal import pseudonyms_of, refuse_withdrawn
 from beam_nifti.record.dataset_files import FILE_NAME, read_content
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.storage import paths as storage
@@ -29,20 +29,21 @@ def relabel_dataset(
     missing_label: str | None = None,
     anonymous_ids: str | None = None,
     overwrite: bool = False,
+    workers: int = 1,
 ) -> DatasetInfo:
     """Relabel a dataset, as `beam_nifti.relabel`, which documents arguments and errors.
 
     `rows` is the Parquet file of a manifest in memory.
     """
+    require_workers(workers)
     content, path = read_content(output), storage.absolute(manifest)
     info = DatasetInfo.from_json(content, storage.join(output, FILE_NAME))
     Rewrite.require_rewritable(output, info)
     refuse_own(path, output)
-    known, splitting = options_of(info)
     given = {"label": label_column, "missing_label": missing_label}
-    columns = Columns(**vars(known) | {name: text for name, text in given.items() if text is not None})
+    columns = Columns(**vars(info.columns) | {name: text for name, text in given.items() if text is not None})
     pseudonyms = pseudonyms_of(output, info, anonymous_ids)
-    changed = read_manifest(path, columns, splitting, pseudonyms, content=rows)
+    changed = read_manifest(path, columns, info.splitting, pseudonyms, content=rows)
     changed.log_warnings()
     refuse_withdrawn(changed, info)
     _require_same_folder(output, info, changed)
@@ -54,7 +55,7 @@ def relabel_dataset(
         return info
     rewrite.require_all()
     with rewrite.opened(overwrite=overwrite):
-        return rewrite.run(finish, current_progress())
+        return rewrite.run(finish, current_progress(), workers)
 
 
 def _is_like(made: DatasetInfo, info: DatasetInfo) -> bool:

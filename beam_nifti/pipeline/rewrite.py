@@ -1,8 +1,7 @@
 """Makes the dataset that a build of another manifest would give, of the records of the present one.
 
-The images are not needed. Records are copied as they are, unless their labels change. One thread writes the
-shards one after the other, from front to back, so there are no part files: after an interruption, finished
-shards are kept.
+The images are not needed. Records are copied as they are, unless their labels change. One thread writes a
+shard from front to back, so there are no part files: after an interruption, finished shards are kept.
 """
 
 from __future__ import annotations
@@ -11,18 +10,19 @@ import contextlib
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 
-from beam_nifti.config import BuildConfig, Columns, Sharding, Splitting
+from beam_nifti.config import BuildConfig, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, ShardError, UsageError
 from beam_nifti.manifest.labels import label_of
 from beam_nifti.manifest.manifest import Manifest, VolumeRow, frame_id
-from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.failures import Failure, failed_frames, ids_are_paths, write_failures
@@ -74,40 +74,18 @@ from beam_nifti.record.index import (
 )
 from beam_nifti.record.shard_index import read_shard_index, read_sound_index
 from beam_nifti.record.sharding import ShardName
-from beam_nifti.record.tfrecord import EMPTY_MEMBER, decode_record
-from beam_nifti.record.tiles import encode_record
+from beam_nifti.record.tfrecord import EMPTY_MEMBER, decode_record, encode_members
+from beam_nifti.record.tiles import find_cuts, kept_members
 from beam_nifti.record.versions import all_versions, record_versions, versions_fact, versions_in
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted, first_few
+from beam_nifti.volume.files import frames_of
 
 _REWRITTEN_FACT: Final = "rewritten_for"
 """Key, in the metadata of an index, of the token of the rewriting that wrote it."""
 
 _SHOWN: Final = 3
-
-
-def options_of(info: DatasetInfo) -> tuple[Columns, Splitting | None]:
-    """The columns and the drawing of splits with which a dataset's manifest is read."""
-    drawn = info.config.get("splitting")
-    return Columns(**info.config["columns"]), Splitting(**drawn) if drawn else None
-
-
-def pseudonyms_of(output: str, info: DatasetInfo, key: str | None) -> Pseudonyms | None:
-    """The pseudonyms of a dataset with anonymous ids, by the file of their key.
-
-    Raises:
-        UsageError: the key is missing, another one, or not needed.
-    """
-    check = info.manifest.get("key_check")
-    if check is None and key is not None:
-        raise UsageError(f"{output}: its ids are not anonymous; drop --anonymous-ids")
-    if check is not None and key is None:
-        raise UsageError(f"{output}: its ids are anonymous; give the file of their key with --anonymous-ids")
-    pseudonyms = read_pseudonyms(key) if key else None
-    if pseudonyms and pseudonyms.check != check:
-        raise UsageError(f"{key}: not the key that {output} was built with; give that key")
-    return pseudonyms
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +114,7 @@ class Rewrite:
         output: folder of the dataset, an absolute path or a URL.
         content: its dataset_info.json, as it was read.
         info: the same, parsed.
-        manifest: manifest of the dataset to make, read with `options_of`. Each of its rows must be in the
+        manifest: manifest of the dataset to make. Each of its rows must be in the
             dataset, as a record or as a failure, with the same images.
         path: path of its file, if that becomes the dataset's; None to keep the one in `info`.
     """
@@ -168,13 +146,12 @@ class Rewrite:
     def plan(self) -> BuildPlan:
         """The plan of a build of the manifest, as far as its records are concerned."""
         info, manifest = self.info, self.manifest
-        _, splitting = options_of(info)
         config = BuildConfig(
             manifest=self.path or info.manifest["path"],
             output=self.output,
             record=replace(info.record_config, labels=manifest.label_columns or None),
             columns=manifest.columns,
-            splitting=splitting,
+            splitting=info.splitting,
             sharding=Sharding(**info.config["sharding"]),
             shuffle_seed=info.config.get("shuffle_seed"),
             allow_mixed_shapes=info.config.get("allow_mixed_shapes", False),
@@ -217,7 +194,8 @@ class Rewrite:
                 f"{self.output}: the fingerprint is {said}, that of its options is {was[0]}; run beam-nifti "
                 "verify"
             )
-        config = {**described.config, "fingerprint": now[was.index(said)]}
+        columns = described.config["columns"]
+        config = {**self.info.config, "columns": columns, "fingerprint": now[was.index(said)]}
         return replace(described, config=config, versions=all_versions())
 
     @cached_property
@@ -227,6 +205,18 @@ class Rewrite:
             table = read_shard_index(self.output, self.info, shard, ["example_id"])
             ids = table["example_id"].to_pylist()
             found |= {name: _Place(number, ordinal) for ordinal, name in enumerate(ids)}
+        return found
+
+    @cached_property
+    def _lengths(self) -> dict[str, int]:
+        """Frames of each image that has a record, by its id, if images may have fewer than others."""
+        found = dict[str, int]()
+        if self.info.record_config.max_frames is not None:
+            for shard in self.info.shards:
+                columns = ["example_id", "frame", "source_shape"]
+                for cells in read_shard_index(self.output, self.info, shard, columns).to_pylist():
+                    image_id = cells["example_id"].removesuffix(frame_id("", cells["frame"]))
+                    found[image_id] = frames_of(cells["source_shape"])
         return found
 
     @cached_property
@@ -242,7 +232,7 @@ class Rewrite:
             raise DatasetError(f"{path}: is missing; copy it again") from e
         if info.failures_sha256 != hashlib.sha256(content).hexdigest():
             raise DatasetError(f"{path}: is not the file that {FILE_NAME} describes; copy it again")
-        columns, _ = options_of(info)
+        columns = info.columns
         listed = read_manifest(path, columns, content=content, is_list=True)
         frames: Sequence[tuple[int, ...] | None] = [None] * len(listed)
         if info.num_frames and "frames" in listed.table.column_names:
@@ -261,6 +251,12 @@ class Rewrite:
             )
         }
 
+    def count_failures(self, image_ids: Iterable[str]) -> int:
+        """Failed volumes of some images of the dataset."""
+        frames = range(self.info.num_frames or 1)
+        found = (self._failed[name] for name in image_ids if name in self._failed)
+        return sum(len(frames if numbers is None else numbers) for *_, numbers in found)
+
     def _shards(self, failures: list[Failure]) -> Iterator[_NewShard]:
         """The shards to write; adds the failures of their rows."""
         plan = self.plan
@@ -277,8 +273,9 @@ class Rewrite:
                 images = order[positions.start // frames : positions.stop // frames].tolist()
                 records, places = list[VolumeRow](), list[_Place]()
                 for row in self.manifest.rows(images, positions.start, str(name), 0, plan.num_frames):
-                    missing = [each for each in row.records() if each.example_id not in self._places]
-                    found = [each for each in row.records() if each.example_id in self._places]
+                    expected = row.records()[: self._lengths.get(row.example_id)]
+                    missing = [each for each in expected if each.example_id not in self._places]
+                    found = [each for each in expected if each.example_id in self._places]
                     records += found
                     places += (self._places[each.example_id] for each in found)
                     if missing:
@@ -316,12 +313,13 @@ class Rewrite:
 
     # Writing
 
-    def run(self, finish: DatasetInfo, progress: Progress) -> DatasetInfo:
+    def run(self, finish: DatasetInfo, progress: Progress, workers: int) -> DatasetInfo:
         """Write and publish the dataset; `opened` must have been entered.
 
         Args:
             finish: `facts`, completed.
             progress: gets what is written.
+            workers: number of threads, each of which writes one shard at a time.
 
         Raises:
             UsageError: a row has other images than its record.
@@ -330,9 +328,8 @@ class Rewrite:
         """
         splits: dict[str, list[ShardInfo]] = {split: [] for split in self.plan.split_sizes}
         failures, labels = list[Failure](), set[int]()
-        for shard in self._shards(failures):
-            made, found = self._make(shard)
-            splits[shard.split].append(made)
+        for split, made, found in self._made(failures, workers):
+            splits[split].append(made)
             labels |= found
             progress.add(shards=1, volumes=made.num_examples, num_bytes=made.num_bytes)
         lock.require_held(self.output)
@@ -348,6 +345,21 @@ class Rewrite:
         publish_info(info, self.output)
         end_rewriting(self.output, info)
         return info
+
+    def _made(self, failures: list[Failure], workers: int) -> Iterator[tuple[str, ShardInfo, set[int]]]:
+        """Split, shard, and labels of masks of each new shard, in order; adds the failures of their rows."""
+        waiting = deque[tuple[str, Future[tuple[ShardInfo, set[int]]]]]()
+        with ThreadPoolExecutor(workers, thread_name_prefix="rewrite") as pool:
+            try:
+                for shard in self._shards(failures):
+                    waiting.append((shard.split, pool.submit(self._make, shard)))
+                    if len(waiting) > 2 * workers:  # rows are made for these, not for the whole dataset
+                        split, done = waiting.popleft()
+                        yield split, *done.result()
+                for split, done in waiting:
+                    yield split, *done.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _write_failures(self, failures: Sequence[Failure]) -> tuple[str | None, str | None]:
         if not failures:
@@ -376,22 +388,31 @@ class Rewrite:
         source = None if any(changed) else self._whole_shard(shard.places)
         if source is not None:
             table = pa.Table.from_pylist(cells, schema=schema)
-            kept, old = ShardName.parse(source.name), next(iter(tables.values()))
-            is_same_place = kept is not None and kept.is_same_place(shard.name)
-            is_like = self.facts.config["fingerprint"] == self.info.config["fingerprint"]
-            if is_same_place and is_like and table.equals(_bare(old)):
-                return source, mask_labels(table) if has_masks else set()
-            self._delete_index(shard.name)
-            was, now = (storage.join(self.output, name) for name in (source.name, str(shard.name)))
-            storage.link(was, now, self.output, self.output)
-            facts = {"sha256": source.sha256, "num_bytes": str(source.num_bytes)}
+            labels = mask_labels(table) if has_masks else set[int]()
+            if self._is_unchanged(shard, source, table):
+                return source, labels
+            facts = self._link(shard, source)
         else:
             facts = self._write(shard, cells, changed)
             table = pa.Table.from_pylist(cells, schema=schema)
+            labels = mask_labels(table) if has_masks else set()
         facts = self._making(tables) | facts
         write_index(storage.join(self.output, shard.name.index_file), table, facts, self.output)
-        labels = mask_labels(table) if has_masks else set[int]()
         return describe_shard(self.output, shard.name, len(cells), facts), labels
+
+    def _is_unchanged(self, shard: _NewShard, source: ShardInfo, table: pa.Table) -> bool:
+        """Whether a present shard, whose records the new one has, can stay with its index."""
+        name, old = ShardName.parse(source.name), self._table(shard.places[0].shard)
+        is_like = self.facts.config["fingerprint"] == self.info.config["fingerprint"]
+        is_same_place = name is not None and name.is_same_place(shard.name)
+        return is_like and is_same_place and table.equals(old.replace_schema_metadata())
+
+    def _link(self, shard: _NewShard, source: ShardInfo) -> dict[str, str]:
+        """Give the file of a present shard the name of the new one; facts of the file."""
+        self._delete_index(shard.name)
+        old, new = (storage.join(self.output, name) for name in (source.name, str(shard.name)))
+        storage.link(old, new, self.output, self.output)
+        return {"sha256": source.sha256, "num_bytes": str(source.num_bytes)}
 
     def _making(self, numbers: Mapping[int, object]) -> dict[str, str]:
         # A dataset from before shards had versions has those of its last build.
@@ -447,7 +468,8 @@ class Rewrite:
         """A record with the labels of a row."""
         config = self.plan.config.record
         is_compressed = config.compression == "gzip"
-        stored = decode_example(decode_record(data, is_compressed))
+        was = decode_record(data, is_compressed)
+        stored = decode_example(was)
         labels = {label_feature(column.name) for column in self.info.labels}
         features: dict[str, FeatureValue] = {
             name: (value,) if isinstance(value, memoryview) else value  # type: ignore[misc]
@@ -456,7 +478,9 @@ class Rewrite:
         }
         payload = encode_example(features | label_values(row))
         level = config.compression_level if is_compressed else None
-        encoded = encode_record(payload, level, whole=not config.has_members)
+        cuts = find_cuts(payload, is_compressed) if config.has_members else []
+        kept = kept_members(data, was, payload) if is_compressed and cuts else {}
+        encoded = encode_members((payload,), level, cuts, kept)
         return encoded.pieces, encoded.lengths
 
     def _is_changed(self, was: Mapping[str, Any], row: VolumeRow) -> bool:
@@ -559,7 +583,3 @@ class Rewrite:
         if is_strict:
             refuse_unknown_files(output, info)
         ours.write(output)
-
-
-def _bare(table: pa.Table) -> pa.Table:
-    return table.replace_schema_metadata()

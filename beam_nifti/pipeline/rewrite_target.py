@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Final
 
-from beam_nifti.errors import OutputError
+from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.pipeline import lock
 from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root, remove_parts
 from beam_nifti.pipeline.publish import clean_up, files_of, remove_files, require_writable_output
@@ -82,7 +82,8 @@ def refuse_unknown_files(output: str, info: DatasetInfo) -> None:
         known |= {*saved.written}
         known |= {shard.index_file for shard in map(ShardName.parse, saved.written) if shard}
     found = [*storage.list_files(output, "*.tfrecord*")]
-    found += filter(revision_of_failures, storage.list_files(output))
+    names = storage.list_files(output)
+    found += (name for name in names if revision_of_failures(storage.temporary_of(name) or name))
     indexes = storage.list_files(storage.join(output, INDEX_FOLDER), "*.parquet")
     found += (f"{INDEX_FOLDER}/{name}" for name in indexes)
     if unknown := [name for name in found if name not in known]:
@@ -90,3 +91,9 @@ def refuse_unknown_files(output: str, info: DatasetInfo) -> None:
             f"{output}: holds {counted(len(unknown), 'file')} ({first_few(unknown, _SHOWN)}) that "
             f"{FILE_NAME} does not name, and that may hold records of earlier revisions; delete them first"
         )
+
+
+def require_workers(workers: int) -> None:
+    """Refuse a number of threads below 1, with a UsageError."""
+    if workers < 1:
+        raise UsageError(f"--workers is {workers}; it must be at least 1")

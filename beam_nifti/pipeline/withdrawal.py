@@ -16,12 +16,12 @@ import pyarrow.parquet
 
 from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.manifest.manifest import Manifest, frame_id
-from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms
+from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.manifest.tables import Problems, read_table
 from beam_nifti.pipeline.progress import current_progress
-from beam_nifti.pipeline.rewrite import Rewrite, options_of, pseudonyms_of
-from beam_nifti.pipeline.rewrite_target import end_rewriting, holding, refuse_unknown_files
+from beam_nifti.pipeline.rewrite import Rewrite
+from beam_nifti.pipeline.rewrite_target import end_rewriting, holding, refuse_unknown_files, require_workers
 from beam_nifti.record.dataset_files import CROISSANT_FILE, FILE_NAME, read_content
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.shard_index import read_shard_index
@@ -38,10 +38,14 @@ _SHOWN: Final = 20
 
 @dataclass(frozen=True)
 class _People:
-    """The participants to withdraw, as the dataset writes them, and their rows in the manifest."""
+    """The participants to withdraw, as the dataset writes them, and their rows and images in the manifest.
+
+    Rows that were appended since the dataset was built are not among them.
+    """
 
     names: tuple[str, ...]
     is_theirs: pa.Array
+    image_ids: tuple[str, ...]
 
 
 def people_of(manifest: Manifest) -> pa.Array:
@@ -90,11 +94,13 @@ def withdraw_people(
     rows: bytes | None = None,
     anonymous_ids: str | None = None,
     overwrite: bool = False,
+    workers: int = 1,
 ) -> DatasetInfo:
     """Remove participants, as `beam_nifti.withdraw`, which documents arguments and errors.
 
     `rows` is the Parquet file of a manifest in memory.
     """
+    require_workers(workers)
     if not participants or not all(participants):
         raise UsageError("no participant is named, or one by an empty id; give their ids")
     content = read_content(output)
@@ -111,23 +117,41 @@ def withdraw_people(
         logs.LOGGER.info("%s: without these participants already", output)
         return info
     path = storage.absolute(manifest)
-    columns, splitting = options_of(info)
     if rows is None and storage.exists(path):
         rows = storage.read(path)
-    known = read_manifest(path, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
-    if known.digest() != info.manifest["digest"]:
+    known = read_manifest(path, info.columns, info.splitting, pseudonyms, content=rows, is_of_dataset=True)
+    num_rows = info.manifest["num_rows"]
+    if len(known) < num_rows or known.digest(num_rows) != info.manifest["digest"]:
         raise UsageError(
             f"{path}: is not the manifest that {output} was built from; give that one, which still has the "
-            "rows of the participants"
+            "rows of the participants; rows may have been appended"
         )
-    people = _find(known, {name: text for name, text in names.items() if name not in gone})
+    left = {name: text for name, text in names.items() if name not in gone}
+    people = _find(known, left, num_rows, output)
     rest = _without(path, rows, people, info, pseudonyms)
     rewrite = Rewrite(output, content, info, rest)
     with rewrite.opened(overwrite=overwrite, is_strict=True):
         finish = _stated(rewrite, people)
-        made = rewrite.run(finish, current_progress())
-    _tell(path, people, output, made)
+        made = rewrite.run(finish, current_progress(), workers)
+    _tell(known, people, output)
     return made
+
+
+def pseudonyms_of(output: str, info: DatasetInfo, key: str | None) -> Pseudonyms | None:
+    """The pseudonyms of a dataset with anonymous ids, by the file of their key.
+
+    Raises:
+        UsageError: the key is missing, another one, or not needed.
+    """
+    check = info.manifest.get("key_check")
+    if check is None and key is not None:
+        raise UsageError(f"{output}: its ids are not anonymous; drop --anonymous-ids")
+    if check is not None and key is None:
+        raise UsageError(f"{output}: its ids are anonymous; give the file of their key with --anonymous-ids")
+    pseudonyms = read_pseudonyms(key) if key else None
+    if pseudonyms and pseudonyms.check != check:
+        raise UsageError(f"{key}: not the key that {output} was built with; give that key")
+    return pseudonyms
 
 
 def _as_written(info: DatasetInfo, pseudonyms: Pseudonyms | None) -> Callable[[str], str]:
@@ -146,33 +170,36 @@ def _as_written(info: DatasetInfo, pseudonyms: Pseudonyms | None) -> Callable[[s
     return written
 
 
-def _find(manifest: Manifest, names: Mapping[str, str]) -> _People:
-    """Participants and their rows; `names` has the text that was given for each name in the dataset."""
-    people = people_of(manifest)
+def _find(manifest: Manifest, names: Mapping[str, str], num_rows: int, output: str) -> _People:
+    """Participants and their rows among the first `num_rows`, of which the dataset was built.
+
+    `names` has the text that was given for each name in the dataset.
+    """
+    people = people_of(manifest).slice(0, num_rows)
     present = set(pc.unique(people).to_pylist())
     if unknown := [text for name, text in names.items() if name not in present]:
         what = "participant" if "participant_id" in manifest.table.column_names else "example"
         raise UsageError(
-            f"{manifest.path}: has no {what} {first_few(unknown, _SHOWN)}; give ids exactly as they are there"
+            f"{output}: has no {what} {first_few(unknown, _SHOWN)}; give ids exactly as in {manifest.path}"
         )
     is_theirs = pc.is_in(people, value_set=pa.array([*names], pa.string()))
     if pc.all(is_theirs).as_py():
-        raise UsageError(f"{manifest.path}: has no other participants; delete the dataset instead")
-    return _People(tuple(names), is_theirs)
+        raise UsageError(f"{output}: has no other participants; delete it instead")
+    ids = manifest.ids.slice(0, num_rows).filter(is_theirs).to_pylist()
+    return _People(tuple(names), is_theirs, tuple(ids))
 
 
 def _without(
     path: str, rows: bytes | None, people: _People, info: DatasetInfo, pseudonyms: Pseudonyms | None
 ) -> Manifest:
-    """The manifest without the rows of the participants."""
-    columns, splitting = options_of(info)
-    table = read_table(path, content=rows).filter(pc.invert(people.is_theirs))
+    """The manifest that the dataset was built from, without the rows of the participants."""
+    table = read_table(path, content=rows).slice(0, len(people.is_theirs)).filter(pc.invert(people.is_theirs))
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink)
     beside = storage.join(storage.dirname(path), "manifest.parquet")
     try:
         return read_manifest(
-            beside, columns, splitting, pseudonyms, content=sink.getvalue(), is_of_dataset=True
+            beside, info.columns, info.splitting, pseudonyms, content=sink.getvalue(), is_of_dataset=True
         )
     except ManifestError as e:
         raise ManifestError(path, e.problems, "not usable without the participants") from e
@@ -188,17 +215,14 @@ def _stated(rewrite: Rewrite, people: _People) -> DatasetInfo:
         if count:
             shards.append(RemovedShard(shard.name, shard.sha256))
             num_examples += count
-    num_rows = int(pc.sum(people.is_theirs).as_py())
     facts = rewrite.facts
-    num_volumes = info.num_examples + info.num_failures
-    num_left = rewrite.plan.num_examples
     statement = Withdrawal(
         revision=facts.revision,
         time=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         num_people=len(people.names),
-        num_rows=num_rows,
+        num_rows=len(people.image_ids),
         num_examples=num_examples,
-        num_failures=num_volumes - num_left - num_examples,
+        num_failures=rewrite.count_failures(people.image_ids),
         info_sha256=hashlib.sha256(rewrite.content).hexdigest(),
         shards=tuple(shards),
     )
@@ -207,12 +231,13 @@ def _stated(rewrite: Rewrite, people: _People) -> DatasetInfo:
     return replace(facts, withdrawn=(*info.withdrawn, *hashes), withdrawals=withdrawals)
 
 
-def _tell(path: str, people: _People, output: str, info: DatasetInfo) -> None:
+def _tell(manifest: Manifest, people: _People, output: str) -> None:
     """Say what is left to do."""
-    rows = [at + 1 for at, is_theirs in enumerate(people.is_theirs.to_pylist()) if is_theirs]
+    theirs = {*people.names}
+    rows = [at + 1 for at, name in enumerate(people_of(manifest).to_pylist()) if name in theirs]
     logs.LOGGER.warning(
         "%s: drop %s %s; builds of %s refuse %s",
-        path,
+        manifest.path,
         "row" if len(rows) == 1 else "rows",
         first_few(rows, _SHOWN),
         output,

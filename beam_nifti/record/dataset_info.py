@@ -208,6 +208,12 @@ class DatasetInfo:
         return tuple(shard for split in self.splits.values() for shard in split.shards)
 
     @property
+    def splitting(self) -> Splitting | None:
+        """How the splits were drawn; None if the manifest assigns them."""
+        drawn = self.config.get("splitting")
+        return Splitting(**drawn) if drawn else None
+
+    @property
     def first_split(self) -> str:
         """The split to show in an example: "train", or else the first one that is not empty."""
         filled = [name for name, split in self.splits.items() if split.num_examples]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import gzip
 import itertools
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import deflate
@@ -98,13 +99,19 @@ def payload_of(framed: memoryview) -> memoryview:
     return framed[HEADER_BYTES:-FOOTER_BYTES]
 
 
-def encode_members(payload: Sequence[Bytes], level: int | None, cuts: Sequence[int] = ()) -> EncodedRecord:
+def encode_members(
+    payload: Sequence[Bytes],
+    level: int | None,
+    cuts: Sequence[int] = (),
+    known: Mapping[int, bytes] = MappingProxyType({}),
+) -> EncodedRecord:
     """Frame a record, and compress it to one or several gzip members.
 
     Args:
         payload: a serialized Example, in any number of pieces.
         level: igzip level 0 to 3; None for an uncompressed shard, whose payload is not copied.
         cuts: offsets in the payload at which members begin, ascending; empty for a single member.
+        known: members that are already compressed, by their numbers.
 
     Returns:
         The record. Equal arguments give equal bytes, however the payload is divided.
@@ -121,7 +128,11 @@ def encode_members(payload: Sequence[Bytes], level: int | None, cuts: Sequence[i
         packed = tuple(compress_gzip((header, _joined(payload), footer), level))
         return EncodedRecord(packed, (sum(map(len, packed)),))
     members, lengths = list[bytes](), list[int]()
-    for content in _divided((header, *payload, footer), sizes):
+    for number, content in enumerate(_divided((header, *payload, footer), sizes)):
+        if number in known:
+            members.append(known[number])
+            lengths.append(len(known[number]))
+            continue
         head, *rest = compress_gzip((_joined(content),), level)
         head = head[_GZIP_HEAD_BYTES:]
         lengths.append(_MEMBER_HEAD.size + len(head) + sum(map(len, rest)))

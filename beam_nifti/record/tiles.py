@@ -131,6 +131,31 @@ def find_cuts(example: bytes | ExamplePieces, compressed: bool) -> list[int]:
     return cuts if cuts == sorted(cuts) else []
 
 
+def kept_members(record: bytes, was: bytes, now: bytes) -> dict[int, bytes]:
+    """The gzip members of a record that it still has with another payload, by their numbers.
+
+    Args:
+        record: exactly the record's bytes.
+        was: its payload.
+        now: the other payload, of a record that is cut in the same way.
+    """
+    old, new = ([cut + HEADER_BYTES for cut in find_cuts(payload, True)] for payload in (was, now))
+    members, sizes = member_lengths(memoryview(record)), member_sizes(memoryview(record))
+    if len(old) != len(new) or [*itertools.accumulate(sizes)][:-1] != old:
+        return {}
+    starts = [*itertools.accumulate(members, initial=0)]
+    then, there = (np.frombuffer(payload, np.uint8) for payload in (was, now))
+    # The first member and the last one hold the frame of the record, which is another one.
+    return {
+        number: record[starts[number] : starts[number + 1]]
+        for number in range(1, len(old))
+        if np.array_equal(
+            then[old[number - 1] - HEADER_BYTES : old[number] - HEADER_BYTES],
+            there[new[number - 1] - HEADER_BYTES : new[number] - HEADER_BYTES],
+        )
+    }
+
+
 def _tensors_in(payload: bytes) -> Iterator[tuple[int, tuple[int, ...], int]]:
     """As `ExamplePieces.tensors`, but the image first."""
     features = decode_example(payload)

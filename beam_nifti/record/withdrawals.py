@@ -1,6 +1,6 @@
 """What a dataset states about participants whose consent was withdrawn: hashes of their ids, and counts.
 
-Source: docs/format.md, "dataset_info.json"; docs/adr/0028-withdrawal.md.
+Source: docs/format.md, "Withdrawn participants".
 """
 
 from __future__ import annotations

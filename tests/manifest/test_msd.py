@@ -75,7 +75,8 @@ def test_the_cases_of_the_decathlon(tmp_path: Path, capsys: Capture) -> None:
     assert notes == [
         "labels of the masks: 0 background, 1 left atrium",
         "build the manifest with --id-column case_id --mask-column mask",
-        "1 case of test without a mask; --only train lists the training cases alone",
+        "1 case of test without a mask: build with --missing-mask empty or skip, or list the training cases "
+        "alone with --only train",
     ]
     rows, _ = rows_of(capsys, "msd", str(root), "--only=test")
     assert [row["case_id"] for row in rows] == ["la_2"]
@@ -236,3 +237,28 @@ def test_a_build_takes_the_manifest_with_the_options_that_are_reported(
     assert [(row["example_id"], row["source"], row["FLAIR"]) for row in index_rows(dataset)] == [
         (case, f"imagesTr/{case}_0000.nii.gz", f"imagesTr/{case}_0001.nii.gz") for case in ("a", "b")
     ]
+
+
+def test_cases_without_a_mask_are_built_with_empty_ones(tmp_path: Path) -> None:
+    root, manifest, dataset = decathlon(tmp_path / "raw"), tmp_path / "raw/m.tsv", tmp_path / "dataset"
+    for path in root.rglob("la_*.nii.gz"):
+        is_mask = path.parent.name == "labelsTr"
+        write_image(path, np.ones((6, 5, 4), np.uint8) if is_mask else brain(seed=int(path.stem[3])))
+    assert cli.main(["manifest", "msd", str(root), "--out", str(manifest)]) == cli.SUCCESS
+    flags = ["--id-column=case_id", "--mask-column=mask", "--missing-mask=empty", "--workers=1", "--quiet"]
+    assert cli.main(["build", str(manifest), str(dataset), *flags]) == cli.SUCCESS
+    labels = {row["example_id"]: row["mask_labels"] for row in index_rows(dataset)}
+    assert labels == {"la_1": [1], "la_2": [0], "la_3": [1]}
+
+
+def test_a_dataset_on_an_object_store_gives_the_same(tmp_path: Path, capsys: Capture) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    root, remote = nnunet(tmp_path), "memory://bucket/raw"
+    MemoryFileSystem.objects.clear()
+    for path in (path for path in root.rglob("*") if path.is_file()):
+        MemoryFileSystem.objects[f"{remote}/{path.relative_to(root)}"] = path.read_bytes(), 1.0
+    here, there = (rows_of(capsys, "msd", place)[0] for place in (str(root), remote))
+    MemoryFileSystem.objects.clear()
+    as_here = [{name: cell.replace(remote, str(root)) for name, cell in row.items()} for row in there]
+    assert as_here == here

@@ -57,12 +57,22 @@ CASES: Mapping[str, tuple[Row, Row]] = {
         {"columns": Columns(label="label:float,site", mask="mask"), "sharding": Sharding(3)},
     ),
     "each frame": ({"frames": "each"}, {"columns": Columns(path="bold", label="site:class")}),
+    "frames of runs": (
+        {"frames": "each", "max_frames": 3},
+        {"columns": Columns(path="runs", mask=None), "sharding": Sharding(6)},
+    ),
     "shuffled": ({}, {"columns": Columns(path="path,second", label="site:string"), "shuffle_seed": 3}),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("case", CASES)
+PAIRS = [
+    (case, change)
+    for number, case in enumerate(CASES)
+    for change in ("labels", ("splits", "columns", "one label")[number % 3])
+]
+
+
+@pytest.mark.parametrize(("case", "change"), PAIRS)
 def test_the_dataset_is_that_of_the_changed_manifest(
     study: Path, tmp_path: Path, case: str, change: str
 ) -> None:
@@ -78,7 +88,7 @@ def test_the_dataset_is_that_of_the_changed_manifest(
     assert (info.manifest, info.mask_labels) == (expected.manifest, expected.mask_labels)
     assert info.failures == "failures-r2.jsonl"
     assert (output / info.failures).read_bytes() == (fresh / "failures.jsonl").read_bytes()
-    assert bn.verify(output, manifest=manifest)
+    assert bn.verify(output, manifest=manifest, deep=4)
     assert stray_files(output) == set()
     before = snapshot(output)
     assert bn.relabel(output, manifest, progress=False) == info
@@ -168,6 +178,20 @@ def test_rows_may_be_in_another_order(study: Path, dataset: Path, tmp_path: Path
     fresh = build_dataset(manifest, tmp_path / "f", columns=Columns(label="site"), max_bad_fraction=0.5)
     bn.relabel(dataset, manifest, progress=False)
     assert contents(dataset) == contents(fresh)
+
+
+def test_workers_do_not_change_the_bytes(study: Path, tmp_path: Path) -> None:
+    options: Row = {"max_bad_fraction": 0.5, "sharding": Sharding(examples_per_shard=1)}
+    first = build_dataset(study, tmp_path / "0", **options)
+    outputs = [first, *(shutil.copytree(first, tmp_path / f"{number}") for number in (1, 2))]
+    made = []
+    for output, workers in zip(outputs, (1, 2, 5), strict=True):
+        bn.relabel(output, changed(study, other_labels), workers=workers, progress=False)
+        bn.withdraw(output, "p2", manifest=study.with_name("changed.tsv"), workers=workers, progress=False)
+        made.append(contents(output))
+    assert made[0] == made[1] == made[2]
+    with pytest.raises(UsageError, match="workers is 0; it must be at least 1"):
+        bn.relabel(first, study, workers=0, progress=False)
 
 
 def test_who_was_withdrawn_stays_so(study: Path, dataset: Path) -> None:

@@ -44,12 +44,18 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
             if name != "p1b":
                 frames = voxels[:9, :8, :, None] * np.array([1, name != "p5a"], np.int16)
                 write_image(folder / f"bold/{name}.nii", frames)
+                write_image(folder / f"runs/{name}.nii", frames.repeat(1 + i % 2, 3)[..., : 1 + i % 3])
             rows.append(
                 {
                     **{"participant_id": person, "session_id": session, "path": f"{name}.nii"},
                     **{"second": f"second/{name}.nii", "mask": f"mask/{name}.nii"},
+                    **{"runs": f"runs/{name}.nii", "some": f"mask/{name}.nii" if i % 3 else "n/a"},
                     **{"bold": f"bold/{name}.nii", "label": i / 2, "site": "ABCDEFG"[i]},
-                    **{"note": f"is {i}", "split": "test" if i in (1, 4) else "train"},
+                    **{
+                        "grade": "" if i == 3 else i,
+                        "note": f"is {i}",
+                        "split": "test" if i in (1, 4) else "train",
+                    },
                 }
             )
     return rows
@@ -74,19 +80,19 @@ def without(study: Path, people: tuple[str, ...], columns: tuple[str, ...] = ())
 
 CASES: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "the defaults": ({}, {}),
-    "native": ({"voxel_dtype": "native"}, {}),
-    "a mask": ({"voxel_dtype": "uint8"}, {"columns": Columns(mask="mask")}),
+    "native, shards of three": ({"voxel_dtype": "native"}, {"sharding": Sharding(examples_per_shard=3)}),
     "uncompressed": ({"compression": "none"}, {"columns": Columns(mask="mask")}),
-    "channels": ({"rescale": "percentile:1,99"}, {"columns": Columns(path="path,second")}),
+    "channels, ids": ({"rescale": "percentile:1,99"}, {"columns": Columns(path="path,second", id="path")}),
     "each frame": ({"frames": "each"}, {"columns": Columns(path="bold")}),
+    "frames of runs": ({"frames": "each", "max_frames": 3}, {"columns": Columns(path="runs")}),
+    "missing masks": ({}, {"columns": Columns(mask="some", missing_mask="empty")}),
     "labels": ({}, {"columns": Columns(label="label:float,site,note:string")}),
     "labels, shards of five": (
         {"voxel_dtype": "uint8"},
         {"columns": Columns(label="site", mask="mask"), "sharding": Sharding(examples_per_shard=5)},
     ),
+    "skipped rows": ({}, {"columns": Columns(label="grade:class", missing_label="skip")}),
     "shuffled": ({}, {"allow_mixed_shapes": True, "shuffle_seed": 3}),
-    "shards of three": ({}, {"sharding": Sharding(examples_per_shard=3)}),
-    "ids": ({}, {"columns": Columns(id="path")}),
 }
 
 
@@ -109,7 +115,7 @@ def test_the_dataset_is_that_of_a_manifest_without_them(study: Path, tmp_path: P
     if info.failures:
         listed = (output / info.failures).read_bytes()
         assert listed == (fresh / "failures.jsonl").read_bytes()
-    assert bn.verify(output, manifest=rest)
+    assert bn.verify(output, manifest=rest, deep=4)
     assert stray_files(output) == set()
     whole = snapshot(output)
     build_dataset(rest, output, RecordConfig(**record), **options)
@@ -146,7 +152,7 @@ def test_the_same_command_continues_after_a_kill_at_any_point(
     run = fork_server().run("withdraw", folder=whole, output=str(whole), **arguments)
     expected = contents(whole)
     assert run.result == 2
-    for kill_at in range(1, run.operations + 1, 19):
+    for kill_at in range(1, run.operations + 1, 29):
         output = shutil.copytree(built, tmp_path / "killed")
         ended = fork_server().run("withdraw", folder=output, kill_at=kill_at, output=str(output), **arguments)
         assert ended.was_killed
@@ -255,7 +261,9 @@ def test_anonymous_ids(study: Path, tmp_path: Path) -> None:
     key, output = tmp_path / "key", tmp_path / "out"
     key.write_bytes(bytes(range(32)))
     options: dict[str, Any] = {"max_bad_fraction": 0.5, "anonymous_ids": str(key)}
-    study, rest = (without(study, people, ("second", "mask", "bold")) for people in ((), ("p4",)))
+    study, rest = (
+        without(study, people, ("second", "mask", "bold", "runs", "some")) for people in ((), ("p4",))
+    )
     build_dataset(study, output, **options)
     other = shutil.copytree(output, tmp_path / "other")
     fresh = build_dataset(rest, tmp_path / "fresh", **options)
@@ -283,6 +291,23 @@ def test_ids_without_participants(study: Path, tmp_path: Path) -> None:
         build_dataset(manifest, output, max_bad_fraction=0.5)
 
 
+def test_rows_that_were_appended_meanwhile_do_not_matter(
+    study: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = study.read_text().splitlines()[1]
+    longer = study.with_name("appended.tsv")
+    longer.write_text(
+        f"{study.read_text()}{first.replace('p0', 'p9', 1)}\n{first.replace(chr(9) + 'a', chr(9) + 'c', 1)}\n"
+    )
+    other = shutil.copytree(dataset, tmp_path / "other")
+    bn.withdraw(dataset, "p0", manifest=longer, progress=False)
+    assert "drop rows 1, 2, 16; builds" in caplog.text
+    bn.withdraw(other, "p0", manifest=study, progress=False)
+    assert contents(dataset) == contents(other)
+    with pytest.raises(UsageError, match="has no participant p9"):
+        bn.withdraw(dataset, "p9", manifest=without(longer, ("p0",)), progress=False)
+
+
 def test_splits_that_are_drawn_are_drawn_again(study: Path, tmp_path: Path) -> None:
     manifest, rest = (without(study, people, ("split",)) for people in ((), ("p0",)))
     drawn = Splitting({"train": 0.6, "test": 0.4}, stratify="note")
@@ -305,8 +330,8 @@ def test_a_table_in_memory_is_a_manifest(study: Path, dataset: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("people", "manifest", "said"),
     [
-        ("p8", {}, "manifest.tsv: has no participant p8; give ids exactly as they are there"),
-        (PEOPLE, {}, "has no other participants; delete the dataset instead"),
+        ("p8", {}, "dataset: has no participant p8; give ids exactly as in .*manifest.tsv"),
+        (PEOPLE, {}, "dataset: has no other participants; delete it instead"),
         ((), {}, "no participant is named"),
         (("p1", ""), {}, "no participant is named"),
         ("p1", {"people": ("p0",)}, "is not the manifest that .* was built from; give that one"),
@@ -361,6 +386,16 @@ def test_datasets_without_a_manifest_and_of_version_1_are_refused(study: Path, t
     write_arrays(tmp_path / "written", ["a", "b"])
     with pytest.raises(UsageError, match="was written by WriteToTFRecord, without a manifest"):
         bn.withdraw(tmp_path / "written", "a", manifest=study, progress=False)
+
+
+def test_records_without_a_manifest_do_not_replace_a_dataset_with_withdrawals(
+    study: Path, dataset: Path
+) -> None:
+    bn.withdraw(dataset, "p0", manifest=study, progress=False)
+    with pytest.raises(
+        OutputError, match="holds a dataset from which participants were withdrawn, who are n"
+    ):
+        write_arrays(dataset, ["p0"], overwrite=True)
 
 
 def test_a_converted_dataset(study: Path, tmp_path: Path) -> None:

@@ -199,3 +199,56 @@ def test_a_changed_character_is_found(at: int, character: str) -> None:
     else:
         with pytest.raises(DatasetError, match=r"^info: "):
             DatasetInfo.from_json(changed, "info")
+
+
+STATEMENT: dict[str, Any] = {
+    "revision": 2,
+    "time": "2026-03-01T12:00:00Z",
+    "num_people": 1,
+    "num_rows": 2,
+    "num_examples": 1,
+    "num_failures": 1,
+    "info_sha256": "a" * 64,
+    "shards": [{"name": "train-00000-of-00001.tfrecord.gz", "sha256": "b" * 64}],
+}
+
+
+def with_withdrawals(*withdrawals: Any, withdrawn: Any = ("c" * 32,)) -> dict[str, Any]:
+    return {"revision": 3, "withdrawn": list(withdrawn), "withdrawals": list(withdrawals)}
+
+
+def test_withdrawals_come_back_and_are_absent_without_one() -> None:
+    info = parse(**with_withdrawals(STATEMENT))
+    assert DatasetInfo.from_json(info.to_json(), "x") == info
+    assert json.loads(info.to_json())["withdrawals"] == [STATEMENT]
+    assert not {"withdrawn", "withdrawals"} & json.loads(INFO.to_json()).keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (with_withdrawals(), "withdrawn has 1 participants, but withdrawals have 0"),
+        (with_withdrawals(STATEMENT, withdrawn=()), "withdrawn has 0 participants, but withdrawals have 1"),
+        (with_withdrawals(STATEMENT, withdrawn=["p1"]), "withdrawn has 'p1', expected 32 hex digits"),
+        (with_withdrawals(STATEMENT, withdrawn="c"), "withdrawn has 'c', expected 32 hex digits"),
+        (with_withdrawals(STATEMENT, withdrawn=[5]), r"withdrawn\[0\] is 5, expected text"),
+        (with_withdrawals([]), r"withdrawals\[0\] is \[\], expected an object"),
+        (with_withdrawals(STATEMENT | {"name": "p1"}), "has a key 'name' that this format does not have"),
+        (with_withdrawals(STATEMENT | {"revision": 1}), "withdrawals has the revision 1 after 1"),
+        (with_withdrawals(STATEMENT | {"revision": 4}), "withdrawals has the revision 4 after 1"),
+        (
+            with_withdrawals(STATEMENT | {"num_people": 0}),
+            "withdrawn has 1 participants, but withdrawals have",
+        ),
+        (with_withdrawals(STATEMENT | {"num_rows": -1}), "has counts that none can have"),
+        (with_withdrawals(STATEMENT | {"time": "today"}), "does not match format"),
+        (with_withdrawals(STATEMENT | {"info_sha256": "a"}), "has the sha256 'a', expected 64 hex digits"),
+        (
+            with_withdrawals(STATEMENT | {"shards": [{"name": "../x", "sha256": "b" * 64}]}),
+            "names '../x', wh",
+        ),
+    ],
+)
+def test_withdrawals_of_others_are_checked(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        parse(**changes)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beam_nifti.config import RecordConfig
 from beam_nifti.record.example import encode_example, encode_tensor, encode_volume
 from beam_nifti.record.tfrecord import TILE_BYTES, encode_members
-from beam_nifti.record.tiles import Tiles, check_cuts, find_cuts, tiles_of
+from beam_nifti.record.tiles import Tiles, check_cuts, find_cuts, kept_members, tiles_of
 from beam_nifti.volume import load_volume, rescale_volume
 from tests.images import brain, row_of, write_image
 
@@ -121,3 +121,33 @@ def test_the_pieces_of_a_volume_are_its_example(tmp_path: Path) -> None:
     assert any(np.shares_memory(np.frombuffer(p, np.uint8), volume.voxels) for p in pieces.pieces)
     for compressed in (True, False):
         assert find_cuts(pieces, compressed) == find_cuts(payload, compressed) != []
+
+
+@given(st.text(max_size=5), st.text(max_size=300), st.booleans())
+@settings(max_examples=20)
+def test_members_of_voxels_are_kept_when_labels_change(was: str, now: str, changes_mask: bool) -> None:
+    image = np.arange(60 * 50 * 20, dtype=np.int32).reshape(60, 50, 20)
+    mask = (image % 7).astype(np.uint16)
+    old, new = (
+        encode_example(
+            {
+                "id": b"a",
+                "image_raw": encode_tensor(image),
+                "label/site": text.encode(),
+                "mask_raw": encode_tensor(labels),
+            }
+        )
+        for text, labels in ((was, mask), (now, mask[::-1].copy() if changes_mask else mask))
+    )
+    record = b"".join(encode_members((old,), 2, find_cuts(old, True)).pieces)
+    kept = kept_members(record, old, new)
+    found, _ = tiles_of(image.shape, "int32", "uint16", compressed=True)
+    voxels = {range(first, first + tiles.count) for first, tiles in list(found.values())[: 2 - changes_mask]}
+    assert kept.keys() >= set(itertools.chain(*voxels))
+    cuts = find_cuts(new, True)
+    assert encode_members((new,), 2, cuts, kept).lengths == encode_members((new,), 2, cuts).lengths
+    assert b"".join(encode_members((new,), 2, cuts, kept).pieces) == b"".join(
+        encode_members((new,), 2, cuts).pieces
+    )
+    whole = b"".join(encode_members((old,), 2).pieces)
+    assert kept_members(whole, old, new) == {}
