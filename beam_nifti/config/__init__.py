@@ -19,6 +19,7 @@ from beam_nifti.config.record import (
     FRAMES,
     LATER_OPTIONS,
     MASK_DTYPES,
+    MOST_FRAMES,
     VOXEL_DTYPES,
     RecordConfig,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "MASK_DTYPES",
     "MISSING_LABELS",
     "MISSING_MASKS",
+    "MOST_FRAMES",
     "NONFINITE",
     "ORIENTATIONS",
     "PREPARATIONS",

@@ -139,7 +139,7 @@ class LoadVolumeFn(beam.DoFn):
         _require_columns(row, self._config)
         arguments = row, self._folder, self._shape, self._dtype, self._config
         with timed(self._msec):
-            is_split = self._config.frames == "each"
+            is_split = self._config.splits_frames
             volumes = load_frames(*arguments) if is_split else iter([load_volume(*arguments)])
             volume = next(volumes)
         absent = _absent_positions(row, volume)
@@ -156,7 +156,7 @@ def _absent_positions(row: VolumeRow, volume: Volume) -> tuple[int, ...]:
     if row.num_frames is None:
         return ()
     num_frames = frames_of(volume.source.shape)
-    return tuple(row.position + frame for frame in row.frames if frame >= num_frames)
+    return tuple(row.position_of(f) for f in row.frames if f + row.clip_frames > num_frames)
 
 
 def _require_columns(row: VolumeRow, config: RecordConfig) -> None:
@@ -328,10 +328,12 @@ class GuardedFn(beam.DoFn):
             del result
 
 
-def guarded(step: beam.DoFn, output: Any, folder: str = "", *, release: bool = False) -> Any:
-    """A step with two outputs: `main`, of type `output`, and FAILURES, of (shard, Failure or Absence)."""
+def guarded(
+    step: beam.DoFn, output: Any, folder: str = "", *, release: bool = False, failure: Any = Failure
+) -> Any:
+    """A step with two outputs: `main`, of type `output`, and FAILURES, of (shard, `failure`)."""
     pardo = beam.ParDo(GuardedFn(step, folder, release=release))
-    typed = pardo.with_output_types(output, **{FAILURES: tuple[str, Failure | Absence]})
+    typed = pardo.with_output_types(output, **{FAILURES: tuple[str, failure]})
     return typed.with_outputs(FAILURES, main="main")
 
 
@@ -496,10 +498,10 @@ class LoadVolume(_Step):
             config = make_record_config(given)
         if config.map_labels is not None and config.mask_dtype is None:
             raise UsageError("map_labels maps labels of masks; give mask_dtype too, or drop it")
-        if config.frames == "each":
+        if config.splits_frames:
             raise UsageError(
-                "frames is 'each', which makes several records per row, and only a build can number them; "
-                "choose 'all', 'first', 'mean' or a number, or use beam-nifti build"
+                f"frames is {config.frames!r}, which makes several records per row, and only a build can "
+                "number them; choose 'all', 'first', 'mean' or a number, or use beam-nifti build"
             )
         self._step = LoadVolumeFn(config=config)
 

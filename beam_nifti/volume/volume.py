@@ -35,7 +35,7 @@ from beam_nifti.volume.rescale import (
     measure,
     require_range,
 )
-from beam_nifti.volume.voxels import cut_frame, take_voxels
+from beam_nifti.volume.voxels import cut_clip, cut_frame, take_voxels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,12 +158,23 @@ def load_frames(
     scaling = Scaling() if header.is_complex else header.scaling
     loaded = _LoadedImage(header, np.empty(0), scaling, image.stats)
 
-    def of_frame(frame: int) -> Volume:
-        voxels = cut_frame(content, frame, header, layout, record.complex)
-        return _assemble(row.of_frame(frame), [loaded], mask, voxels, scaling, record)
+    clip = record.clip_frames
+    last = header.num_frames // clip * clip - clip
 
-    frames = [frame for frame in row.frames if frame < header.num_frames]
+    def of_frame(frame: int) -> Volume:
+        cut = cut_frame if clip == 1 else cut_clip
+        voxels = cut(content, frame, header, layout, record.complex)
+        volume = _assemble(row.of_frame(frame), [loaded], mask, voxels, scaling, record)
+        # One example of the image has the note, so that images are counted.
+        notes = _notes_of_frames(header, record) if frame == last else ()
+        return replace(volume, notes=join_notes([volume.notes, notes]))
+
+    frames = [frame for frame in row.frames if frame <= last]
     return map(of_frame, frames)  # unlike a generator, it keeps no frame that it has returned
+
+
+def _notes_of_frames(header: VolumeHeader, record: RecordConfig) -> tuple[str, ...]:
+    return ("frames-dropped",) if header.num_frames % record.clip_frames else ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -303,7 +314,8 @@ def load_header(
     if not is_any:
         images = headers[: record.num_channels]
         _require_alike(row, {(h.dtype.newbyteorder("="), h.scaling) for h in images}, record)
-    return replace(headers[0], notes=join_notes(header.notes for header in headers))
+    of_frames = () if is_any else _notes_of_frames(headers[0], record)
+    return replace(headers[0], notes=join_notes([*(header.notes for header in headers), of_frames]))
 
 
 def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:

@@ -56,6 +56,16 @@ def cut_frame(
     return _join_components(components, header, layout, _PARTS.get(complex_part))
 
 
+def cut_clip(
+    content: memoryview, first: int, header: VolumeHeader, layout: RecordLayout, complex_part: str | None
+) -> Voxels:
+    """Consecutive frames as channels, as many as the layout has, from the first one; as `cut_frame`."""
+    clip = np.empty(layout.shape, layout.dtype)
+    for number in range(layout.shape[3]):
+        clip[..., number] = cut_frame(content, first + number, header, layout, complex_part)
+    return clip
+
+
 def _join_components(
     contents: Iterable[memoryview], header: VolumeHeader, layout: RecordLayout, part: _Part | None
 ) -> Voxels:
