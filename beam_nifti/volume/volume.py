@@ -170,6 +170,10 @@ def load_frames(
         return replace(volume, notes=join_notes([volume.notes, notes]))
 
     frames = [frame for frame in row.frames if frame <= last]
+    if not frames:  # other frames of it are finished, so it was longer then
+        raise VolumeError(
+            f"{row.path}: number of frames is {header.num_frames}, fewer than before; use --recheck"
+        )
     return map(of_frame, frames)  # unlike a generator, it keeps no frame that it has returned
 
 
