@@ -1,6 +1,13 @@
 """The options of a build. In: texts, numbers and tuples. Out: frozen dataclasses, checked. No I/O."""
 
-from beam_nifti.config.build import SPLIT_PATTERN, BuildConfig, Sharding, Splitting
+from beam_nifti.config.build import (
+    FOLD_PARTS,
+    SPLIT_PATTERN,
+    BuildConfig,
+    Sharding,
+    Splitting,
+    fold_shares,
+)
 from beam_nifti.config.columns import (
     LABEL_KINDS,
     LATER_COLUMNS,
@@ -9,7 +16,20 @@ from beam_nifti.config.columns import (
     Columns,
     LabelColumn,
 )
-from beam_nifti.config.preparation import NONFINITE, ORIENTATIONS, PREPARATIONS, spell_steps
+from beam_nifti.config.preparation import (
+    ALIGNMENTS,
+    EXCLUSIVE,
+    INTERPOLATIONS,
+    MASK_INTERPOLATIONS,
+    NONFINITE,
+    ORIENTATIONS,
+    PREPARATIONS,
+    RESAMPLING_DETAILS,
+    RESAMPLINGS,
+    SEPARATE_Z,
+    ReferenceGrid,
+    spell_steps,
+)
 from beam_nifti.config.record import (
     COMPLEX_PARTS,
     COMPRESSION_LEVELS,
@@ -24,35 +44,50 @@ from beam_nifti.config.record import (
     RecordConfig,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS, Percentile, Window
+from beam_nifti.config.statistics import FAR, ChannelStatistics, CohortStatistics, LabelStatistics
 
 __all__ = [
+    "ALIGNMENTS",
     "COMPLEX_PARTS",
     "COMPRESSIONS",
     "COMPRESSION_LEVELS",
+    "EXCLUSIVE",
+    "FAR",
+    "FOLD_PARTS",
     "FORMAT_FEATURES",
     "FORMAT_VERSION",
     "FRAMES",
+    "INTERPOLATIONS",
     "LABEL_KINDS",
     "LATER_COLUMNS",
     "LATER_OPTIONS",
     "MASK_DTYPES",
+    "MASK_INTERPOLATIONS",
     "MISSING_LABELS",
     "MISSING_MASKS",
     "MOST_FRAMES",
     "NONFINITE",
     "ORIENTATIONS",
     "PREPARATIONS",
+    "RESAMPLINGS",
+    "RESAMPLING_DETAILS",
     "RESCALE_METHODS",
     "SELECTIONS",
+    "SEPARATE_Z",
     "SPLIT_PATTERN",
     "VOXEL_DTYPES",
     "BuildConfig",
+    "ChannelStatistics",
+    "CohortStatistics",
     "Columns",
     "LabelColumn",
+    "LabelStatistics",
     "Percentile",
     "RecordConfig",
+    "ReferenceGrid",
     "Sharding",
     "Splitting",
     "Window",
+    "fold_shares",
     "spell_steps",
 ]

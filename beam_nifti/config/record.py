@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Final
@@ -12,9 +14,16 @@ from beam_nifti.config.choices import choose
 from beam_nifti.config.columns import LabelColumn
 from beam_nifti.config.label_map import parse_label_map, spell_label_map
 from beam_nifti.config.preparation import (
+    ALIGNMENTS,
+    INTERPOLATIONS,
+    MASK_INTERPOLATIONS,
     PREPARATIONS,
+    RESAMPLINGS,
+    SEPARATE_Z,
+    ReferenceGrid,
     all_of,
     check_orientation,
+    check_resampling,
     check_shape,
     check_spacing,
     check_steps,
@@ -22,6 +31,7 @@ from beam_nifti.config.preparation import (
     spell_nonfinite,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS
+from beam_nifti.config.statistics import ChannelStatistics, CohortStatistics
 from beam_nifti.errors import UsageError
 from beam_nifti.support.rules import parse_rule, spell_rule
 from beam_nifti.support.strict_json import dump_json
@@ -38,6 +48,23 @@ datasets of earlier revisions."""
 
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
+LATER_OPTIONS: Final = (
+    "nonfinite",
+    "map_labels",
+    "max_frames",
+    "align",
+    "reference",
+    "resize",
+    "resize_longest",
+    "interpolation",
+    "mask_interpolation",
+    "antialias",
+    "separate_z",
+    "rescale_split",
+    "rescale_stats",
+)
+"""Options that dataset_info.json contains only if they are given, as it did before they existed."""
+
 FRAMES: Final = ("all", "each", "each:N", "first", "mean", "INDEX")
 """N stands for the number of frames of a clip, and INDEX for a number, from 0."""
 
@@ -52,8 +79,8 @@ COMPRESSION_LEVELS: Final = range(4)
 MOST_FRAMES: Final = 1 << 16
 """Largest value of `max_frames`: so many positions are looked at for each image."""
 
-LATER_OPTIONS: Final = ("nonfinite", "map_labels", "max_frames")
-"""Options that dataset_info.json contains only if they are given, as it did before they existed."""
+_FLAGS: Final = {"channels": "--path-column", "preprocess_sha256": "a file of --preprocess with sha256"}
+_UNBOUNDED: Final = ("zscore", "cohort:zscore")
 
 
 @dataclass(frozen=True)
@@ -64,6 +91,7 @@ class RecordConfig:
     apply. docs/preparation.md describes the preparations in order. The build sets the others:
 
     Attributes:
+        rescale_stats: statistics of the cohort, which `rescale` refers to; None before they are measured.
         preprocess_sha256: sha256 of the file that defines the function of `preprocess`, or a tuple of them.
         channels: columns of the images that are the channels of a record, in order; None if a record has a
             single image.
@@ -82,12 +110,22 @@ class RecordConfig:
     max_frames: int | None = None
     clip: bool = False
     rescale_within: str | None = None
+    rescale_split: str | None = None
+    rescale_stats: CohortStatistics | None = None
     complex: str | None = None
     nonfinite: str | None = None
     preprocess: str | tuple[str, ...] | None = None
     preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
+    align: str | None = None
+    reference: ReferenceGrid | None = None
     spacing: tuple[float, float, float] | None = None
+    resize: tuple[int, int, int] | None = None
+    resize_longest: int | None = None
+    interpolation: str | None = None
+    mask_interpolation: str | None = None
+    antialias: bool | None = None
+    separate_z: str | None = None
     crop_foreground: str | None = None
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
@@ -100,11 +138,15 @@ class RecordConfig:
     def __post_init__(self) -> None:
         """Refuse invalid values; give equal values the same spelling."""
         # Lists come from JSON; 1 and 1.0 are one spacing.
+        if isinstance(self.reference, Mapping):
+            object.__setattr__(self, "reference", ReferenceGrid(**self.reference))
         if self.spacing is not None:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
-        for name in ("shape", "channels"):
+        for name in ("resize", "shape", "channels"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(values))
+        if isinstance(self.rescale_stats, dict):
+            object.__setattr__(self, "rescale_stats", CohortStatistics.of(self.rescale_stats))
         object.__setattr__(self, "preprocess", one_or_more(all_of(self.preprocess)))
         object.__setattr__(self, "preprocess_sha256", one_or_more(self.preprocess_sha256))
         if self.mask_dtype is not None:
@@ -118,7 +160,7 @@ class RecordConfig:
         if self.voxel_dtype == "uint8" and not self.is_bounded:
             within = f" --rescale-within {self.rescale_within}" if self.rescale_within else ""
             others = "percentile" if within else "percentile or window"
-            method = f" with {others}" if self.method in ("zscore", "none") else ""
+            method = f" with {others}" if self.method in (*_UNBOUNDED, "none") else ""
             raise UsageError(
                 f"--voxel-dtype uint8 holds only [0, 1], and --rescale {self.rescale}{within} gives values "
                 f"outside it; use --clip{method}, or --voxel-dtype float16"
@@ -175,7 +217,7 @@ class RecordConfig:
         method, numbers = parse_rule("--rescale", self.rescale, RESCALE_METHODS)
         if numbers and not numbers[0] < numbers[1]:
             raise UsageError(f"--rescale is {self.rescale!r}; LO must be below HI")
-        if method == "percentile" and not (numbers[0] >= 0 and numbers[1] <= 100):
+        if method.endswith("percentile") and not (numbers[0] >= 0 and numbers[1] <= 100):
             raise UsageError(f"--rescale is {self.rescale!r}; percentiles are between 0 and 100")
         object.__setattr__(self, "rescale", spell_rule(method, numbers))
         if self.rescale_within is not None:
@@ -186,7 +228,13 @@ class RecordConfig:
                     f"--rescale-within has no effect on --rescale {self.rescale}, which does not depend on "
                     "the voxels; drop it"
                 )
-        if self.clip and (method in ("zscore", "none") or not self.has_range):
+        for name in ("rescale_split", "rescale_stats"):
+            if getattr(self, name) is not None and not self.is_of_cohort:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} has no effect on --rescale {self.rescale}, which does not "
+                    "depend on the cohort; drop it, or use --rescale cohort:zscore"
+                )
+        if self.clip and (method in (*_UNBOUNDED, "none") or not self.has_range):
             raise UsageError(
                 f"--clip cannot be used with --rescale {self.rescale}, only with percentile, window, or "
                 "minmax with --rescale-within; drop it"
@@ -200,18 +248,33 @@ class RecordConfig:
             check_orientation(self.orientation)
         if self.spacing is not None:
             check_spacing(self.spacing)
+        if self.resize is not None:
+            check_shape("--resize", self.resize)
         if self.shape is not None:
-            check_shape(self.shape)
+            check_shape("--shape", self.shape)
+        check_resampling({name: getattr(self, name) for name in ("align", *PREPARATIONS)})
         if self.crop_foreground is not None:
             selection = parse_rule("--crop-foreground", self.crop_foreground, SELECTIONS)
             object.__setattr__(self, "crop_foreground", spell_rule(*selection))
         if self.voxel_dtype == "native":
-            for name in ("preprocess", "spacing"):
+            changing = RESAMPLINGS if self.interpolation != "nearest" else ()
+            for name in ("preprocess", *changing):
                 if getattr(self, name) is not None:
+                    nearest = ", or --interpolation nearest" if name in RESAMPLINGS else ""
+                    flag = name.replace("_", "-")
                     raise UsageError(
-                        f"--{name} changes the voxels, but --voxel-dtype native stores them as in the file; "
-                        "use --voxel-dtype float32"
+                        f"--{flag} changes the voxels, but --voxel-dtype native stores them as in the file; "
+                        f"use --voxel-dtype float32{nearest}"
                     )
+        for name, (default, *_) in (
+            ("interpolation", INTERPOLATIONS),
+            ("mask_interpolation", MASK_INTERPOLATIONS),
+            ("antialias", (False, True)),
+            ("separate_z", SEPARATE_Z),
+            ("align", ALIGNMENTS),
+        ):
+            if getattr(self, name) == default:  # which has no spelling of its own
+                object.__setattr__(self, name, None)
 
     @property
     def has_sources(self) -> bool:
@@ -229,10 +292,94 @@ class RecordConfig:
         is_known = self.format_version > 1 and "positions" in self.format_features
         return self.mask_dtype is not None and is_known
 
-    @property
+    @cached_property
     def method(self) -> str:
         """The method of `rescale`, without its numbers."""
-        return self.rescale.partition(":")[0]
+        return parse_rule("--rescale", self.rescale, RESCALE_METHODS)[0]
+
+    @property
+    def is_of_cohort(self) -> bool:
+        """Whether `rescale` depends on statistics of the cohort, and not of one volume."""
+        return self.method.startswith("cohort:")
+
+    @property
+    def measured_splits(self) -> tuple[str, ...]:
+        """The splits whose volumes are measured."""
+        return tuple((self.rescale_split or "train").split(","))
+
+    @property
+    def measured_options(self) -> tuple[tuple[str, str], ...]:
+        """Names and values of the options that decide which voxels statistics of the cohort are of."""
+        names = (
+            *("channels", "frames", "max_frames", "complex", "map_labels", "align", *PREPARATIONS),
+            *("preprocess_sha256", "rescale_within"),
+        )
+        given = ((name, getattr(self, name)) for name in names)
+        return tuple((name, _spelled(value)) for name, value in given if value is not None)
+
+    @cached_property
+    def cohort_ranges(self) -> tuple[tuple[float, float], ...] | None:
+        """The intensities of each channel that become 0 and 1; None if those are not of the cohort.
+
+        Raises:
+            UsageError: the statistics are not measured yet, or do not have them.
+        """
+        if not self.is_of_cohort:
+            return None
+        if self.rescale_stats is None:
+            raise UsageError(f"--rescale {self.rescale} requires statistics; give them with --rescale-stats")
+        return tuple(map(self._range_of, self.rescale_stats.channels))
+
+    def _range_of(self, channel: ChannelStatistics) -> tuple[float, float]:
+        if self.method == "cohort:zscore":
+            low, high = channel.mean, channel.mean + channel.std
+        else:
+            values = dict(channel.percentiles)
+            missing = [p for p in self.rescale_numbers if p not in values]
+            if missing:
+                raise UsageError(
+                    f"--rescale-stats has no percentile {missing[0]:g}, which --rescale {self.rescale} "
+                    f"requires; measure with `beam-nifti analyze --rescale {self.rescale}`"
+                )
+            low, high = (values[p] for p in self.rescale_numbers)
+        if not (low < high and math.isfinite(high - low)):
+            raise UsageError(
+                f"--rescale {self.rescale} would map {low:g} to 0 and {high:g} to 1, which is no range; use "
+                "another --rescale, or other voxels with --rescale-within"
+            )
+        return low, high
+
+    def require_own_statistics(self) -> None:
+        """Refuse statistics of other voxels than those of this configuration.
+
+        Raises:
+            UsageError: they were measured with other options or of other splits, or lack a number.
+        """
+        if self.rescale_stats is None:
+            return
+        found, wanted = dict(self.rescale_stats.options), dict(self.measured_options)
+        for name in dict.fromkeys([*wanted, *found]):
+            is_known = name != "preprocess_sha256" or self.preprocess_sha256 is not None
+            if found.get(name) != wanted.get(name) and is_known:
+                flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+                was, now = (
+                    f"{flag} {each[name]}" if name in each else f"no {flag}" for each in (found, wanted)
+                )
+                raise UsageError(
+                    f"--rescale-stats was measured with {was}, but this build has {now}; measure again with "
+                    "the options of the build, or without --rescale-stats"
+                )
+        if self.rescale_split is not None and set(self.measured_splits) != set(self.rescale_stats.splits):
+            raise UsageError(
+                f"--rescale-split is {self.rescale_split}, but --rescale-stats was measured of "
+                f"{','.join(self.rescale_stats.splits)}; drop one of them"
+            )
+        if len(self.rescale_stats.channels) != self.num_channels:
+            raise UsageError(
+                f"--rescale-stats has {len(self.rescale_stats.channels)} channels, but records have "
+                f"{self.num_channels}; measure again with the options of the build"
+            )
+        _ = self.cohort_ranges
 
     @property
     def rescale_numbers(self) -> tuple[float, ...]:
@@ -242,7 +389,11 @@ class RecordConfig:
     @property
     def has_range(self) -> bool:
         """Whether a record must store which intensities became 0 and 1: its range does not show them."""
-        return self.method in ("percentile", "window", "zscore") or self.rescale_within is not None
+        return (
+            self.method in ("percentile", "window", "zscore")
+            or self.is_of_cohort
+            or self.rescale_within is not None
+        )
 
     @property
     def rescaled_dtype(self) -> str:
@@ -274,11 +425,31 @@ class RecordConfig:
         """Images per record. Each is rescaled on its own."""
         return len(self.channels or (None,))
 
+    def required_shape(self, shape: tuple[int, ...] | None) -> tuple[int | None, ...] | None:
+        """The shape that every volume of a dataset must have; None, or None for an axis, if it may differ.
+
+        `shape` is that of the dataset; None if shapes are mixed.
+        """
+        if shape is None and self.channels is not None:
+            return (None, None, None, self.num_channels)
+        if shape is None and self.clip_frames > 1:
+            return (None, None, None, self.clip_frames)
+        if shape is None and self.frames != "all":
+            # Of mixed shapes the reader knows no more than the one channel of 3-D volumes.
+            return (None, None, None)
+        return shape
+
     @property
     def steps(self) -> tuple[tuple[str, str | None], ...]:
         """The user's functions in order, each with the sha256 of its file, if known."""
         names, digests = all_of(self.preprocess), all_of(self.preprocess_sha256)
         return tuple(zip(names, digests or [None] * len(names), strict=True))
+
+    @property
+    def computes(self) -> bool:
+        """Whether a volume's preparation computes new values, and does not only choose among its voxels."""
+        resamples = any(getattr(self, name) is not None for name in RESAMPLINGS)
+        return self.preprocess is not None or (resamples and self.interpolation != "nearest")
 
     @property
     def prepares(self) -> bool:
@@ -308,3 +479,12 @@ class RecordConfig:
         if not self.clip:
             del facts["clip"]
         return hashlib.sha256(dump_json(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _spelled(value: object) -> str:
+    """The value of an option as text."""
+    if isinstance(value, tuple):
+        return ",".join(map(_spelled, value))
+    if isinstance(value, ReferenceGrid):
+        return f"{value} with the affine {_spelled(value.affine)}"
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -7,19 +7,20 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from beam_nifti.config import PREPARATIONS, Columns, LabelColumn
+from beam_nifti.config import PREPARATIONS, Columns, LabelColumn, ReferenceGrid
 from beam_nifti.errors import DatasetError, ManifestError
 from beam_nifti.manifest.labels import SHOWN_CLASSES, comparable
 from beam_nifti.manifest.manifest import frame_id
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.failures import failed_frames
+from beam_nifti.pipeline.statistics_file import statistics_rows
 from beam_nifti.record.dataset_files import read_failures_list
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.record.index import extra_column
@@ -112,13 +113,14 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
             "path": storage.join(output, info.failures) if info.failures else None,
         },
         "config": dict(info.config),
+        "withdrawals": list(map(asdict, info.withdrawals)),
         "manifest": dict(info.manifest),
         "versions": dict(info.versions),
     }
 
 
 def describe_record(output: str, example_id: str) -> dict[str, Any]:
-    """The index's row of one record, with its split, shard and ordinal."""
+    """The index's row of one record, with its split, shard and 0-based number in the shard."""
     return describe_records(output, [example_id])[0]
 
 
@@ -140,7 +142,7 @@ def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, 
             ordinal = pc.index(table["example_id"], example_id).as_py()
             if ordinal >= 0:
                 (cells,) = table.slice(ordinal, 1).to_pylist()
-                place = {"split": split, "shard": shard.name, "ordinal": ordinal}
+                place = {"split": split, "shard": shard.name, "number_in_shard": ordinal}
                 cells = {f"manifest_{name}" if name in place else name: cell for name, cell in cells.items()}
                 found[example_id] = {"example_id": example_id, **place, **cells}
         if all(example_id in found for example_id in example_ids):
@@ -272,10 +274,17 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", f"and {counted(len(d['shapes']) - _SHOWN_SHAPES, 'more shape')}"
     yield "on disk", ", ".join(f"{dtype} ({count:,})" for dtype, count in d["source_dtypes"].items())
     level = f" level {config['compression_level']}" if config["compression"] == "gzip" else ""
-    frames = "".join(f", {name} {config[name]}" for name in ("frames", "complex") if config.get(name))
+    frames = "".join(
+        f", {name} {config[name]}" for name in ("frames", "complex", "align") if config.get(name)
+    )
     within = f" within {config['rescale_within']}" if config.get("rescale_within") else ""
     rescale = f"rescale {config['rescale']}{within}{', clipped' if config.get('clip') else ''}"
     yield "written with", f"{rescale}, compression {config['compression']}{level}{frames}"
+    if config.get("rescale_stats"):
+        found = config["rescale_stats"]
+        yield "statistics", f"{counted(found['num_volumes'], 'volume')} of {', '.join(found['splits'])}"
+        for name, text in statistics_rows(found):
+            yield f"  {name}" if name else "", text
     if config.get("channels"):
         yield "channels", ", ".join(config["channels"])
     prepared = [_option_text(name, config[name]) for name in PREPARATIONS if config.get(name) is not None]
@@ -309,6 +318,8 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     skipped = manifest.get("num_skipped", 0)
     lacking = Columns(**config["columns"]).lacking
     yield "skipped", f"{counted(skipped, 'row')} without a {lacking}" if skipped else "none"
+    for number, withdrawal in enumerate(d["withdrawals"]):
+        yield "" if number else "withdrawn", withdrawal_text(withdrawal)
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
     up_to = "up to " if config.get("max_frames") else ""
     what = "clips" if ":" in (config.get("frames") or "") else "frames"
@@ -317,10 +328,22 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 
 
-def _option_text(name: str, value: str | Sequence[str | float]) -> str:
+def withdrawal_text(withdrawal: Mapping[str, Any]) -> str:
+    """What was removed with participants who were withdrawn, given the fields of a `Withdrawal`."""
+    counts = (counted(withdrawal[f"num_{noun}s"], noun) for noun in ("example", "failure"))
+    people = counted(withdrawal["num_people"], "participant")
+    return (
+        f"{people} with {' and '.join(counts)}, in revision {withdrawal['revision']} ({withdrawal['time']})"
+    )
+
+
+def _option_text(name: str, value: str | bool | float | Sequence[str | float] | Mapping[str, Any]) -> str:
     """An option as on the command line."""
-    text = value if isinstance(value, str) else ",".join(n if isinstance(n, str) else f"{n:g}" for n in value)
-    return f"{name.replace('_', '-')} {text}"
+    if isinstance(value, Mapping):
+        return f"{name} {ReferenceGrid(**value)}"
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    text = "" if value is True else " " + ",".join(n if isinstance(n, str) else f"{n:g}" for n in items)
+    return f"{name.replace('_', '-')}{text}"
 
 
 def _value_lines(name: str, value: Any) -> Iterator[str]:

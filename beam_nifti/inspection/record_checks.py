@@ -241,7 +241,7 @@ def _check_intensities(
     if config.has_range:
         names = ("rescale_low", "rescale_high")
         low, high = (decode_doubles(features[name])[number] for name in names)
-        wrong = list(_check_rescale_range(low, high, intensity, config))
+        wrong = list(_check_rescale_range(low, high, intensity, config, number))
         yield from wrong
         if wrong:
             return
@@ -256,12 +256,14 @@ def _check_intensities(
 
 
 def _check_rescale_range(
-    low: float, high: float, intensity: Intensity, config: RecordConfig
+    low: float, high: float, intensity: Intensity, config: RecordConfig, number: int
 ) -> Iterator[str]:
     """Find where the rescale range is none, or not that of the configuration."""
     if not low < high:
         yield f"rescale_low is {low:g} and rescale_high {high:g}, which is not a range"
     expected: tuple[float, ...] = config.rescale_numbers if config.method == "window" else ()
+    if (ranges := config.cohort_ranges) is not None:
+        expected = ranges[number]
     if config.method == "zscore" and config.rescale_within is None:
         expected = (intensity.mean, intensity.mean + intensity.std)
     if expected and (low, high) != expected:

@@ -18,6 +18,7 @@ from beam_nifti.errors import ShardError
 from beam_nifti.inspection.problems import Problems, Scope
 from beam_nifti.inspection.record_checks import RecordSpec, check_record
 from beam_nifti.inspection.table_checks import check_index, check_people, check_places, index_rows, no_rows
+from beam_nifti.pipeline.withdrawal import people_in
 from beam_nifti.record.dataset_files import FILE_NAME, path_of
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.index import mask_labels, parse_index, read_bytes
@@ -97,6 +98,7 @@ class ShardPass:
         mask_labels: labels of the masks.
         versions: versions of the software that wrote the records, according to the index.
         columns: names of the columns of the index.
+        people: participants of the records, if some were withdrawn from the dataset.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class ShardPass:
         self.mask_labels = set[int]()
         self.versions: list[dict[str, str]] = []
         self.columns: list[str] = []
+        self.people: list[str] = []
 
     def take(self) -> StoredRecord | None:
         """The next record; None at the end."""
@@ -183,6 +186,8 @@ class ShardPass:
         for problem in check_people(table) if self._spec.ids_of_people else ():
             self._tell(shard.index, f"{problem}; {_RESTORE}")
         self.columns = table.column_names
+        if self._spec.info.withdrawn:
+            self.people = pc.unique(people_in(table, self._spec.info)).to_pylist()
         self.rows = index_rows(table, self._split, self._record, self._cells)
         self.numbers = table["row"].drop_null().to_numpy()
         if self._record.max_frames is not None:

@@ -215,10 +215,11 @@ def check_rows(records: pa.Table, failures: pa.Table, failures_file: str | None)
     counts = pa.Table.from_struct_array(pc.value_counts(records["id"].combine_chunks()))
     twice = counts.filter(pc.greater(counts["counts"], 1)).rename_columns(["id", "times"])
     if twice.num_rows:
-        yield f"index: {twice.num_rows} ids occur more than once: {_named(twice, ['times'])}"
+        yield f"index: {counted(twice.num_rows, 'id', 'occur')} more than once: {_named(twice, ['times'])}"
     both = failures.filter(_is_in(failures, records))
     if both.num_rows:
-        yield f"{failures_file}: {both.num_rows} of its examples are in the shards: {_named(both)}"
+        found = counted(both.num_rows, "example", "are")
+        yield f"{failures_file}: {found} also in the shards: {_named(both)}"
 
 
 def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
@@ -270,3 +271,16 @@ def find_strays(files: Collection[str], info: DatasetInfo, written: Collection[s
     for file in files:
         if file not in known and (temporary_of(file) or file) not in written:
             yield f"{file}: not in {FILE_NAME}, but a program that reads all shards reads it too; delete it"
+
+
+def find_removed(files: Collection[str], info: DatasetInfo) -> Iterator[str]:
+    """Find shards that withdrawals say are removed: files of their names, or shards of the same bytes."""
+    present = {shard.sha256: shard.name for shard in info.shards}
+    for withdrawal in info.withdrawals:
+        for shard in withdrawal.shards:
+            name = shard.name if shard.name in files else present.get(shard.sha256)
+            if name is not None:
+                yield (
+                    f"{name}: holds records of withdrawn participants, and is not removed; give the same "
+                    "`beam-nifti withdraw` again"
+                )

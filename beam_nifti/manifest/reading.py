@@ -47,10 +47,10 @@ def read_manifest(
 
     Args:
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
-        columns: which columns mean what.
+        columns: the roles of the columns.
         splitting: how to draw the splits; None takes those of the column `split`.
-        pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
-            shuffle included, which would tell them otherwise; None keeps the names.
+        pseudonyms: replace ids and paths in everything that is derived from the manifest, also in splits and
+            in shuffled order, which could otherwise reveal them; None keeps the names.
         content: same as for `read_table`.
         is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
         is_list: whether it is a dataset's list of failures, which may have pseudonyms in the place of paths.

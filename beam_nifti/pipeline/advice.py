@@ -10,13 +10,14 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import ORIENTATIONS, RecordConfig
+from beam_nifti.config import ORIENTATIONS, RESAMPLING_DETAILS, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import Grid, axes_to, keeps_spacing, orientation_of, prepared_shape, turn
 from beam_nifti.volume.header import VolumeHeader, record_layout, require_storable
 from beam_nifti.volume.rescale import Scaling
 
+_UNSPACED: Final[Mapping[str, Any]] = dict.fromkeys(("spacing", *RESAMPLING_DETAILS))
 Zooms = tuple[float, float, float]
 _Made = str | tuple[tuple[int, ...] | None, str | None, int | None]
 
@@ -159,7 +160,7 @@ def _made_of(kind: ImageKind, record: RecordConfig) -> _Made:
         if record.spacing is not None:  # whatever a shape crops and pads it to
             whole = replace(record, shape=None, crop_foreground=None, preprocess=None)
             spaced = require_storable("", header, whole).stored_shape or ()
-            unspaced = record_layout("", header, replace(whole, spacing=None)).stored_shape or ()
+            unspaced = record_layout("", header, replace(whole, **_UNSPACED)).stored_shape or ()
             if any(now == 1 < was for was, now in zip(unspaced, spaced, strict=True)):
                 return f"would shrink from {size_text(unspaced)} to {size_text(spaced)} voxels"
     except VolumeError as e:
@@ -210,14 +211,16 @@ def _suggest_frames(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
 def _suggest_orientation(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
     found = tally(kinds, lambda kind: kind.orientation)
     known = [code for code, _ in found.most_common() if code in ORIENTATIONS]
-    if record.orientation is not None or record.preprocess is not None or not 2 <= len(known) == len(found):
+    if any(getattr(record, name) is not None for name in ("preprocess", "orientation", "reference")):
+        return {}
+    if not 2 <= len(known) == len(found):
         return {}
     return {"orientation": known[0]}
 
 
 def _suggest_spacing(kinds: Counts, record: RecordConfig) -> dict[str, Any]:
     """The voxel size that most images have, in as few digits as keep those from being resampled."""
-    if record.spacing is not None or record.preprocess is not None:
+    if any(getattr(record, name) is not None for name in ("preprocess", "reference", "spacing", "resize")):
         return {}
     found = tally(kinds, lambda kind: _turned(kind, record).zooms)
     sizes, counts = np.array(list(found)), np.array(list(found.values()))

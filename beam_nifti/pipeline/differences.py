@@ -63,7 +63,9 @@ def find_differences(
         differences.append(f"the first image had shape {was.shape}, now {now.shape}")
     is_fixed = was.config.get("max_frames") is None and now.config.get("max_frames") is None
     if is_fixed and was.num_frames and now.num_frames not in (None, was.num_frames):
-        differences.append(f"the first image had {was.num_frames} frames, now {now.num_frames}")
+        differences.append(
+            f"the number of frames of the first image was {was.num_frames}, now {now.num_frames}"
+        )
     if now.config["voxel_dtype"] == was.config["voxel_dtype"] == "native" and was.dtype != now.dtype:
         differences.append(f"the first image had {was.dtype} voxels, now {now.dtype}")
     known = was.manifest
@@ -82,6 +84,8 @@ def _option_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     if "--num-shards" in after:
         # The build may have chosen it, and without either option, a build keeps the shards that there are.
         before.pop("--examples-per-shard", None)
+    if "--rescale-stats" not in after:  # nobody has to give them, and options that need others differ too
+        before.pop("--rescale-stats", None)
     return [
         f"{flag} was {before.get(flag, NOT_GIVEN)}, now {after.get(flag, NOT_GIVEN)}"
         for flag in dict.fromkeys([*after, *before])

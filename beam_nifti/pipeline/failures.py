@@ -182,6 +182,16 @@ def write_failures(
             handle.write(dump_json(cells, ensure_ascii=False).encode() + b"\n")
 
 
+def ids_are_paths(columns: Columns, names: Container[str]) -> bool:
+    """Whether ids are paths of images, which a list of failures holds with the manifest's folder.
+
+    `names` are the columns of the manifest.
+    """
+    if columns.id is None:
+        return "participant_id" not in names
+    return columns.id in columns.files
+
+
 def listed_cells(listed: Manifest, column: str, manifest: Manifest, folder: str) -> pa.Array | None:
     """A column of the manifest as a list of its failures has it; None if the list lacks it.
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
-from beam_nifti.config import MOST_FRAMES, BuildConfig, Sharding
+from beam_nifti.config import MOST_FRAMES, BuildConfig, RecordConfig, Sharding
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.manifest.redaction import redacting
@@ -111,7 +111,7 @@ def _require_output(config: BuildConfig) -> None:
         raise UsageError(
             f"--anonymous-ids is {key}, inside OUTPUT, where it would be shared with the dataset; move it"
         )
-    storage.refuse_read_only(config.output, "OUTPUT")
+    storage.refuse_unwritable(config.output, "OUTPUT")
     if not storage.is_remote(config.output):  # to a store it would write, which is for `open_build`
         require_writable_output(config.output)
 
@@ -125,14 +125,30 @@ def read_rows(config: BuildConfig, rows: bytes | None) -> tuple[BuildConfig, Man
     """
     digests = tuple(source_sha256(step) for step, _ in config.record.steps)
     config = replace(config, record=replace(config.record, preprocess_sha256=digests))
-    storage.refuse_read_only(config.temp_location or "", "--temp-location")
+    storage.refuse_unwritable(config.temp_location or "", "--temp-location")
     if config.temp_location and not storage.is_remote(config.temp_location):
         storage.require_writable(config.temp_location, "--temp-location", is_folder=True)
     manifest = read_build_manifest(config.manifest, config, rows)
     manifest.log_warnings()
     if manifest.label_columns:
         config = replace(config, record=replace(config.record, labels=manifest.label_columns))
+    _require_measured_splits(config.record, manifest)
     return config, manifest
+
+
+def _require_measured_splits(record: RecordConfig, manifest: Manifest) -> None:
+    """Refuse a rescaling of the cohort by the volumes of a split that there is not."""
+    splits = manifest.split_sizes()
+    if not record.is_of_cohort or record.rescale_stats is not None:
+        return
+    for name in record.measured_splits:
+        if name not in splits:
+            flag = f"--rescale-split is {record.rescale_split}, but"
+            measured = flag if record.rescale_split else f"--rescale {record.rescale} measures train, but"
+            raise UsageError(
+                f"{measured} the splits are {', '.join(splits) or 'none'}; name those to measure with "
+                "--rescale-split"
+            )
 
 
 def _first_volume(
@@ -150,7 +166,8 @@ def _first_volume(
             problems.append(f"row {row.row} ({row.example_id}): {e}")
             are_missing |= isinstance(e.__cause__, FileNotFoundError)
     if are_missing:
-        problems.append("relative paths start at the manifest's folder")
+        of = "working directory" if config.rows is not None else "manifest's folder"
+        problems.append(f"relative paths are relative to the {of}")
     what = "none of the first images can be used with these options"
     raise ManifestError(manifest.path, problems, what)
 

@@ -6,28 +6,38 @@ import difflib
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Final, NoReturn, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
 
 from beam_nifti.config import (
+    ALIGNMENTS,
     COMPLEX_PARTS,
     COMPRESSIONS,
     FRAMES,
+    INTERPOLATIONS,
     MASK_DTYPES,
+    MASK_INTERPOLATIONS,
     MISSING_LABELS,
     MISSING_MASKS,
     NONFINITE,
     ORIENTATIONS,
     RESCALE_METHODS,
     SELECTIONS,
+    SEPARATE_Z,
+    SPLIT_PATTERN,
     VOXEL_DTYPES,
+    CohortStatistics,
     Percentile,
+    ReferenceGrid,
     Window,
+    fold_shares,
     spell_steps,
 )
-from beam_nifti.errors import UsageError
+from beam_nifti.errors import UsageError, VolumeError
+from beam_nifti.pipeline.statistics_file import Analysis
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import as_float, parse_integer, parse_number
 from beam_nifti.support.wording import one_line
@@ -60,9 +70,11 @@ class BuildOptions(TypedDict, total=False):
         missing_mask: rows without a mask: "empty" stores zeros, "skip" skips them. Default: an error.
         id_column: column of unique example ids. Default: participant_id with session_id, else the path.
         anonymous_ids: file of the key that replaces ids and paths by pseudonyms. Default: names are kept.
-        split: share of the participants by split, such as {"train": 0.8, "test": 0.2}. Default: the
-            manifest's column "split", otherwise all rows go to "train".
-        stratify: column whose values each keep the shares of `split`. Default: none.
+        split: share of the participants by split, such as {"train": 0.8, "test": 0.2}; or "kfold:5" for
+            the splits fold0 to fold4 of equal shares, of which readers make a training set by their
+            argument `fold`; or "kfold:5,test=0.2". Default: the manifest's column "split", otherwise all
+            rows go to "train".
+        stratify: column within each of whose values the shares of `split` apply. Default: none.
         split_seed: seed of the draw. Default: 0.
         examples_per_shard: largest number of examples in a shard. Default: for shards of about 200 MB.
         num_shards: number of shards in each split, instead of `examples_per_shard`.
@@ -70,9 +82,13 @@ class BuildOptions(TypedDict, total=False):
         compression_level: level of igzip, 0 (fastest) to 3. Default: 2.
         shuffle_seed: seed that shuffles the rows of each split. Default: the manifest's order.
         rescale: "minmax" (default), "zscore", "none"; `Percentile`, `Window`, ("percentile", low, high),
-            ("window", low, high) or their text. A window is in the image's units.
+            ("window", low, high) or their text. A window is in the image's units. "cohort:zscore" and
+            ("cohort:percentile", low, high) use the voxels of all volumes together.
         rescale_within: voxels that `rescale` measures: "nonzero", "mask", or ("above", T) with T in the
             image's units. Default: all.
+        rescale_split: splits whose volumes are measured for a `rescale` of the cohort. Default: "train".
+        rescale_stats: statistics for a `rescale` of the cohort: the result of `analyze`, or the file that it
+            wrote. Default: the dataset's own; before the first build they are measured.
         clip: whether rescaled voxels outside [0, 1] become 0 or 1. Default: False.
         mask_dtype: "uint8" (default) or "uint16".
         map_labels: labels of masks that become others, all at once, such as {4: 3} or "4=3". Default: none.
@@ -91,15 +107,31 @@ class BuildOptions(TypedDict, total=False):
             Default: none.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS". Default:
             "native", which changes nothing.
+        align: "first" resamples the other images of an example, and its mask, to the voxel grid of its first
+            image. Default: "never", so that other grids are refused.
+        reference: image whose voxel grid all volumes are resampled to, as a path or URL; or its grid,
+            {"shape": (x, y, z), "affine": 16 numbers}. Default: no resampling.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
             Default: no resampling.
+        resize: (x, y, z) in voxels that the whole field of view is resampled to. Default: no resampling.
+        resize_longest: number of voxels that the longest axis is resampled to, and the others by the same
+            factor; then padded to a cube. Default: no resampling.
+        interpolation: values between voxel centres: "linear" (default), "nearest", or "cubic", B-splines of
+            order 3.
+        mask_interpolation: labels between voxel centres: "nearest" (default), or "linear", the label with the
+            largest share.
+        antialias: whether images are smoothed by a Gaussian before axes get fewer voxels. Default: False.
+        separate_z: "auto" resamples anisotropic volumes by nearest neighbours along the axis of the longest
+            voxels, as nnU-Net. Default: "never".
         crop_foreground: voxels whose bounding box is kept, as for `rescale_within`. Default: no cropping.
         shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: unchanged.
         max_bad_fraction: fraction of volumes that may fail, 0 to 1. Default: 0.
-        overwrite: whether to replace a dataset with different options or rows. Default: False.
+        overwrite: whether to replace a dataset that was built with different options or rows. Default: False.
         recheck: whether to rebuild every record, and replace the shards that differ. Default: False.
-        workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores.
-        temp_location: folder or URL of temporary files. Default: in the output.
+        workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores; on a
+            cluster, by the engine's flags, or 32.
+        temp_location: folder or URL of temporary files. Default: in the output; for `check`, the folder of
+            `out`.
         without: options of `like` and `config` to ignore. Default: none.
     """
 
@@ -120,6 +152,8 @@ class BuildOptions(TypedDict, total=False):
     shuffle_seed: str | SupportsIndex | None
     rescale: Rule | Percentile | Window | None
     rescale_within: Rule | None
+    rescale_split: Names | None
+    rescale_stats: StrPath | CohortStatistics | Analysis | None
     clip: bool | None
     mask_dtype: str | None
     map_labels: str | Mapping[Any, SupportsIndex] | None
@@ -131,7 +165,15 @@ class BuildOptions(TypedDict, total=False):
     nonfinite: Rule | None
     preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
+    align: str | None
+    reference: StrPath | Mapping[str, Any] | None
     spacing: Numbers | SupportsFloat | None
+    resize: str | Sequence[SupportsIndex] | None
+    resize_longest: str | SupportsIndex | None
+    interpolation: str | None
+    mask_interpolation: str | None
+    antialias: bool | None
+    separate_z: str | None
     crop_foreground: Rule | None
     shape: str | Sequence[SupportsIndex] | None
     max_bad_fraction: str | SupportsFloat | None
@@ -217,11 +259,28 @@ def _read_names(flag: str, value: object) -> str:
     return ",".join(map(str, names))
 
 
+def _read_splits(flag: str, value: object) -> str:
+    wanted = "give the name of a split, or a list of them"
+    names = value.split(",") if isinstance(value, str) else _items(value)
+    if not names or not all(isinstance(name, str) and SPLIT_PATTERN.fullmatch(name) for name in names):
+        _refuse(flag, value, wanted)
+    return ",".join(sorted({str(name) for name in names}))
+
+
+def _read_statistics(flag: str, value: object) -> str | CohortStatistics:
+    if isinstance(value, Analysis):
+        return value.statistics
+    if isinstance(value, CohortStatistics):
+        return value
+    return storage.path_text(flag, value)
+
+
 def _read_without(flag: str, value: object) -> tuple[str, ...]:
-    names = [name.strip().replace("-", "_") for name in _read_names(flag, value).split(",")]
+    given = [name.strip() for name in _read_names(flag, value).split(",")]
+    names = [name.replace("-", "_") for name in given]
     for name in names:
         if name not in OPTIONS:
-            hint = _hint(name, lambda each: each.replace("_", "-"))
+            hint = _hint(name, str if name in given else lambda each: each.replace("_", "-"))
             raise UsageError(f"{flag} has {name.replace('_', '-')!r}, which is not an option; {hint}")
     return tuple(names)
 
@@ -283,12 +342,15 @@ def _items(value: object) -> list[Any] | None:
     return list(value) if getattr(value, "ndim", 1) == 1 else None
 
 
-def _read_triple(flag: str, value: object, number: Callable[[object], Any], wanted: str) -> tuple[Any, ...]:
+def _read_triple(
+    flag: str, value: object, number: Callable[[object], Any], wanted: str
+) -> tuple[Any, Any, Any]:
     items = value.split(",") if isinstance(value, str) else _items(value)
     try:
         if items is None or len(items) != 3:
             raise ValueError
-        return tuple(map(number, items))
+        x, y, z = map(number, items)
+        return x, y, z
     except ValueError:
         _refuse(flag, value, wanted)
 
@@ -302,6 +364,30 @@ def _read_spacing(flag: str, value: object) -> tuple[float, ...]:
     is_one = isinstance(value, Real) and not isinstance(value, bool)
     wanted = "give three sizes in mm, such as 1,1,1.5"
     return _read_triple(flag, [value] * 3 if is_one else value, _number, wanted)
+
+
+def _read_reference(flag: str, value: object) -> ReferenceGrid:
+    if isinstance(value, ReferenceGrid):
+        return value
+    wanted = 'give the path of an image, or {"shape": (x, y, z), "affine": 16 numbers}'
+    if isinstance(value, Mapping):
+        if value.keys() != {"shape", "affine"}:
+            _refuse(flag, value, wanted)
+        rows = value["affine"]
+        try:
+            rows = rows.tolist() if hasattr(rows, "tolist") else list(rows)
+            affine = tuple(_number(n) for row in rows for n in (row if isinstance(row, Sequence) else [row]))
+        except (TypeError, ValueError):
+            _refuse(flag, value, wanted)
+        return ReferenceGrid(_read_triple(flag, value["shape"], _integer, wanted), affine)
+    from beam_nifti.volume.volume import read_grid  # which loads nibabel
+
+    path = storage.absolute(storage.path_text(flag, value))
+    try:
+        grid = read_grid(path)
+    except VolumeError as e:
+        raise UsageError(f"{flag}: {e}") from e
+    return ReferenceGrid(grid.shape, tuple(grid.affine.ravel().tolist()))
 
 
 def _rule(forms: tuple[str, ...], metavar: str) -> Option:
@@ -344,22 +430,28 @@ def _read_label_map(flag: str, value: object) -> str:
         _refuse(flag, value, wanted)
 
 
+_KFOLD: Final = re.compile(r"kfold:([0-9]{1,9})", re.A)
+
+
 def _read_split(flag: str, value: object) -> dict[str, float]:
     parts: list[tuple[Any, ...]] = list(value.items()) if isinstance(value, Mapping) else []
     if isinstance(value, str):
         parts = [part.strip().partition("=")[::2] for part in value.split(",")]
-    shares = dict[str, float]()
+    shares, folds = dict[str, float](), list[int]()
     try:
         if not parts:
             raise ValueError
         for name, share in parts:
+            if isinstance(name, str) and (found := _KFOLD.fullmatch(name)) and share == "" and not folds:
+                folds.append(int(found[1]))
+                continue
             if not isinstance(name, str) or name in shares:
                 raise ValueError
             shares[name] = _number(share)
     except ValueError:
         wanted = "give each split once, with its share, such as train=0.8,validation=0.1,test=0.1"
         _refuse(flag, value, wanted)
-    return shares
+    return fold_shares(folds[0], shares) if folds else shares
 
 
 def read_steps(value: Preprocess | Sequence[Preprocess] | None) -> str | tuple[str, ...] | None:
@@ -391,7 +483,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "missing_mask": _one_of(MISSING_MASKS),
     "id_column": Option(_read_text, metavar="NAME"),
     "anonymous_ids": Option(storage.path_text, metavar="KEYFILE"),
-    "split": Option(_read_split, metavar="NAME=SHARE,…"),
+    "split": Option(_read_split, metavar="NAME=SHARE,…|kfold:N"),
     "stratify": Option(_read_text, metavar="COLUMN"),
     "split_seed": Option(read_integer, metavar="N"),
     "examples_per_shard": Option(read_integer, metavar="N"),
@@ -401,6 +493,8 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "shuffle_seed": Option(read_integer, metavar="N"),
     "rescale": _rule(RESCALE_METHODS, "METHOD"),
     "rescale_within": _rule(SELECTIONS, "VOXELS"),
+    "rescale_split": Option(_read_splits, metavar="NAME,…"),
+    "rescale_stats": Option(_read_statistics, metavar="FILE"),
     "clip": Option(read_switch),
     "mask_dtype": _one_of(MASK_DTYPES),
     "map_labels": Option(_read_label_map, metavar="OLD=NEW,…"),
@@ -412,7 +506,15 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "nonfinite": _rule(NONFINITE, "RULE"),
     "preprocess": Option(lambda _, value: read_steps(value), metavar="MODULE:FUNCTION"),
     "orientation": Option(_read_text, ("native", *ORIENTATIONS), metavar="CODE"),
+    "align": _one_of(ALIGNMENTS),
+    "reference": Option(_read_reference, metavar="FILE"),
     "spacing": Option(_read_spacing, metavar="X,Y,Z"),
+    "resize": Option(_read_shape, metavar="X,Y,Z"),
+    "resize_longest": Option(read_integer, metavar="N"),
+    "interpolation": _one_of(INTERPOLATIONS),
+    "mask_interpolation": _one_of(MASK_INTERPOLATIONS),
+    "antialias": Option(read_switch),
+    "separate_z": _one_of(SEPARATE_Z),
     "crop_foreground": _rule(SELECTIONS, "RULE"),
     "shape": Option(_read_shape, metavar="X,Y,Z"),
     "max_bad_fraction": Option(read_number, metavar="F"),

@@ -22,6 +22,7 @@ from beam_nifti.pipeline.saved_plan import require_current
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.example import feature_kinds
 from beam_nifti.record.sharding import Layout, ShardName, order_rows, overlapping, shard_ranges
+from beam_nifti.record.withdrawals import Withdrawal
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
@@ -104,6 +105,7 @@ class BuildPlan:
         earlier: how the unfinished builds that it continues divide their rows into shards.
         earlier_roots: folders of their parts.
         revision: revision of the dataset.
+        withdrawn, withdrawals: as of the `DatasetInfo` of the published dataset.
     """
 
     config: BuildConfig
@@ -128,6 +130,8 @@ class BuildPlan:
     earlier: tuple[Layout, ...] = ()
     earlier_roots: tuple[str, ...] = ()
     revision: int = 1
+    withdrawn: tuple[str, ...] = ()
+    withdrawals: tuple[Withdrawal, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -164,15 +168,7 @@ class BuildPlan:
     @property
     def required_shape(self) -> tuple[int | None, ...] | None:
         """Shape that every image must be loaded with; None, or None for an axis, if it may differ."""
-        record = self.config.record
-        if self.shape is None and record.channels is not None:
-            return (None, None, None, record.num_channels)
-        if self.shape is None and record.clip_frames > 1:
-            return (None, None, None, record.clip_frames)
-        if self.shape is None and record.frames != "all":
-            # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
-            return (None, None, None)
-        return self.shape
+        return self.config.record.required_shape(self.shape)
 
     @property
     def required_dtype(self) -> str | None:
@@ -217,6 +213,8 @@ class BuildPlan:
             versions=self.versions,
             format_version=config.record.format_version,
             format_features=config.record.format_features,
+            withdrawn=self.withdrawn,
+            withdrawals=self.withdrawals,
         )
 
     def shard_totals(self) -> dict[str, int]:
@@ -403,9 +401,10 @@ def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) ->
     if record.compression == "gzip":
         # Computed voxels compress like a float32 image. What gzip finds in float32 voxels made of narrow
         # integers, it cannot find in the integers again.
-        is_computed = record.spacing is not None or record.preprocess is not None
         packed = (
-            _ASSUMED_BYTES_WIDE if is_computed else _ASSUMED_BYTES.get(source_itemsize, _ASSUMED_BYTES_WIDE)
+            _ASSUMED_BYTES_WIDE
+            if record.computes
+            else _ASSUMED_BYTES.get(source_itemsize, _ASSUMED_BYTES_WIDE)
         )
         each = min(each, packed * _ASSUMED_SHARE.get(record.voxel_dtype, 1.0))
     return num_voxels * each + _RECORD_OVERHEAD

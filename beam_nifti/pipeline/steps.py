@@ -26,7 +26,16 @@ from apache_beam.pvalue import PBegin, TaggedOutput
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
-from beam_nifti.config import MASK_DTYPES, PREPARATIONS, Columns, Percentile, RecordConfig, Splitting, Window
+from beam_nifti.config import (
+    MASK_DTYPES,
+    PREPARATIONS,
+    CohortStatistics,
+    Columns,
+    Percentile,
+    RecordConfig,
+    Splitting,
+    Window,
+)
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.reading import read_manifest
@@ -40,6 +49,7 @@ from beam_nifti.pipeline.parameters import as_parameters, naming_parameters
 from beam_nifti.pipeline.parts import PartFile, PartWriter
 from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.pipeline.records import Record
+from beam_nifti.pipeline.statistics_file import Analysis
 from beam_nifti.record.example import encode_volume
 from beam_nifti.record.index import IndexEntry
 from beam_nifti.storage import paths as storage
@@ -55,7 +65,7 @@ send_whole_elements()
 
 FAILURES: Final = "failures"
 _PREPARED: Final = (*PREPARATIONS, "preprocess_sha256")
-_RESCALED: Final = ("rescale", "rescale_within", "clip", "voxel_dtype")
+_RESCALED: Final = ("rescale", "rescale_within", "rescale_stats", "clip", "voxel_dtype")
 _Values = beam.PCollection[Any]
 
 
@@ -238,7 +248,10 @@ class RescaleFn(_VolumeFn):
         """Yield the rescaled volume."""
         with timed(self._msec):
             volume = self._checked(volume)
-            rescaled = rescale_volume(volume, _joined(volume.config, self._config, _RESCALED))
+            config = _joined(volume.config, self._config, _RESCALED)
+            if self.follows_any:
+                config.require_own_statistics()
+            rescaled = rescale_volume(volume, config)
         yield rescaled
 
 
@@ -472,6 +485,11 @@ class LoadVolume(_Step):
         mask_dtype: dtype of the label map that is each row's last file, as named by `Columns.mask`; None if
             rows have none.
         map_labels: labels of masks that become others, as in `BuildOptions`.
+        align: "first" brings other images and masks to the voxel grid of the first image, as in
+            `BuildOptions`; None refuses other grids.
+        interpolation: how values between voxel centres are computed for that, as in `BuildOptions`.
+        mask_interpolation: how labels between voxel centres are chosen for that, as in `BuildOptions`.
+        antialias: whether images are smoothed for that, as in `BuildOptions`.
 
     Raises:
         UsageError: an argument is invalid. While the pipeline runs: the rows have other images, or a mask
@@ -488,11 +506,22 @@ class LoadVolume(_Step):
         channels: Names | None = None,
         mask_dtype: str | None = None,
         map_labels: str | Mapping[Any, SupportsIndex] | None = None,
+        align: str | None = None,
+        interpolation: str | None = None,
+        mask_interpolation: str | None = None,
+        antialias: bool | None = None,
     ) -> None:
         super().__init__()
         given: dict[str, object] = {
-            **{"frames": frames, "complex": complex, "path_column": channels},
-            **{"mask_dtype": mask_dtype, "map_labels": map_labels},
+            "frames": frames,
+            "complex": complex,
+            "path_column": channels,
+            "mask_dtype": mask_dtype,
+            "map_labels": map_labels,
+            "align": align,
+            "interpolation": interpolation,
+            "mask_interpolation": mask_interpolation,
+            "antialias": antialias,
         }
         with naming_parameters(path_column="channels"):
             config = make_record_config(given)
@@ -514,7 +543,17 @@ class Preprocess(_Step):
     Args:
         nonfinite: what becomes of NaN and infinite voxels, as in `BuildOptions`; None leaves them.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
+        reference: image whose voxel grid volumes are resampled to, or the grid, as in `BuildOptions`. The
+            image is read when the step is made.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
+        resize: (X, Y, Z) that the whole field of view is resampled to.
+        resize_longest: voxels that the longest axis is resampled to, and the others by the same factor; then
+            padded to a cube.
+        interpolation: how values between voxel centres are computed, as in `BuildOptions`.
+        mask_interpolation: how labels between voxel centres are chosen, as in `BuildOptions`.
+        antialias: whether images are smoothed along the axes that get fewer voxels.
+        separate_z: whether anisotropic volumes are resampled by nearest neighbours along one axis, as in
+            `BuildOptions`.
         crop_foreground: which voxels' bounding box to crop to, as in `BuildOptions`.
         shape: (X, Y, Z) that volumes are cropped and padded to.
 
@@ -529,7 +568,14 @@ class Preprocess(_Step):
         *,
         nonfinite: Rule | None = None,
         orientation: str | None = None,
+        reference: StrPath | Mapping[str, Any] | None = None,
         spacing: Numbers | SupportsFloat | None = None,
+        resize: str | Sequence[SupportsIndex] | None = None,
+        resize_longest: str | SupportsIndex | None = None,
+        interpolation: str | None = None,
+        mask_interpolation: str | None = None,
+        antialias: bool | None = None,
+        separate_z: str | None = None,
         crop_foreground: Rule | None = None,
         shape: str | Sequence[SupportsIndex] | None = None,
     ) -> None:
@@ -537,7 +583,14 @@ class Preprocess(_Step):
         given = {
             "nonfinite": nonfinite,
             "orientation": orientation,
+            "reference": reference,
             "spacing": spacing,
+            "resize": resize,
+            "resize_longest": resize_longest,
+            "interpolation": interpolation,
+            "mask_interpolation": mask_interpolation,
+            "antialias": antialias,
+            "separate_z": separate_z,
             "crop_foreground": crop_foreground,
             "shape": shape,
         }
@@ -551,6 +604,8 @@ class Rescale(_Step):
     Args:
         rescale: which intensities become 0 and 1, as in `BuildOptions`.
         within: which voxels are measured, as `rescale_within` of `BuildOptions`; None means all.
+        stats: statistics of the cohort, as `rescale_stats` of `BuildOptions`; required by "cohort:zscore" and
+            ("cohort:percentile", low, high). A file is read here, not by the workers.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
         voxel_dtype: same as in `BuildOptions`.
 
@@ -565,13 +620,16 @@ class Rescale(_Step):
         rescale: Rule | Percentile | Window | None = "minmax",
         *,
         within: Rule | None = None,
+        stats: StrPath | CohortStatistics | Analysis | None = None,
         clip: bool | None = False,
         voxel_dtype: str | None = "float32",
     ) -> None:
         super().__init__()
         given = {"rescale": rescale, "rescale_within": within, "clip": clip, "voxel_dtype": voxel_dtype}
-        with naming_parameters(rescale_within="within"):
-            self._step = RescaleFn(make_record_config(given))
+        with naming_parameters(rescale_within="within", rescale_stats="stats"):
+            config = make_record_config({**given, "rescale_stats": stats})
+            _ = config.cohort_ranges  # an error without statistics, or if they lack a percentile
+            self._step = RescaleFn(config)
 
 
 class EncodeExample(_Step):

@@ -55,7 +55,7 @@ _BINS: Final = 256
 def unit_of(spec: RecordSpec) -> str:
     """The unit of the numbers in a row."""
     kept = spec.config.voxel_dtype == "native" or spec.config.method == "none"
-    return "the images' units" if kept else f"rescaled by {spec.config.rescale}"
+    return "in the images' units" if kept else f"rescaled by {spec.config.rescale}"
 
 
 def label_columns(spec: RecordSpec) -> dict[str, str]:

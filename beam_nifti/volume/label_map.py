@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -10,10 +12,14 @@ import numpy.typing as npt
 
 from beam_nifti.volume.rescale import Voxels
 
+Floats = npt.NDArray[np.float64]
+Places = npt.NDArray[np.int64]
+
 _CHUNK: Final = 1 << 16  # voxels that are counted at a time
 _POSITIONS: Final = 64  # of each label
 _MOST_POSITIONS: Final = 4096  # of all labels; one of each where there are more of those
 _BITS: Final = 16
+_SHARE_BITS: Final = 17  # the product of three shares fits into 52 bits
 _GOLDEN: Final = 40503  # 2^16 by the golden ratio: its multiples are spread evenly, however many there are
 
 
@@ -71,14 +77,66 @@ def _chunks(mask: Voxels) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         yield start, np.bincount(flat[start : start + _CHUNK], minlength=num_labels)
 
 
-def pick_nearest(
-    mask: Voxels, shape: Sequence[int], starts: Sequence[float], steps: Sequence[float]
-) -> Voxels:
-    """The labels of a 3-D mask at `starts + steps · i`, each that of the nearest voxel, halves up.
+def pick_nearest(voxels: Voxels, positions: Sequence[Floats]) -> Voxels:
+    """The voxels of (X, Y, Z) or (X, Y, Z, C) that are nearest to positions along each axis, halves up.
 
-    Outside of the mask they are those of its outermost voxels.
+    Outside of the volume they are its outermost voxels.
     """
     for axis in reversed(range(3)):
-        place = np.floor(starts[axis] + steps[axis] * np.arange(shape[axis]) + 0.5).astype(np.intp)
-        mask = mask.take(np.clip(place, 0, mask.shape[axis] - 1), axis)
-    return mask
+        places = np.floor(positions[axis] + 0.5).astype(np.intp)
+        voxels = voxels.take(np.clip(places, 0, voxels.shape[axis] - 1), axis)
+    return voxels
+
+
+def pick_mixed(mask: Voxels, positions: Sequence[Floats]) -> Voxels:
+    """The labels of a 3-D mask that have the largest share at positions along each axis.
+
+    The share of a label is what its voxels, as 1 among 0, are linearly interpolated to. Of labels with equal
+    shares it is the largest one. Positions are rounded to 2^-17 of a voxel, so that shares are exact. Outside
+    of the mask, labels are those of its outermost voxels.
+    """
+    below, above, shares = zip(*map(_neighbours, mask.shape, positions), strict=True)
+    made = np.empty([len(along) for along in positions], mask.dtype)
+    slab = max(1, _CHUNK // math.prod(made.shape[1:]))
+    for start in range(0, len(made), slab):
+        xs = slice(start, start + slab)
+        made[xs] = _mix(
+            mask, (below[0][xs], *below[1:]), (above[0][xs], *above[1:]), (shares[0][xs], *shares[1:])
+        )
+    return made
+
+
+def _neighbours(size: int, positions: Floats) -> tuple[Places, Places, Places]:
+    """The voxels below and above positions, and the share of the one above, in parts of 2^17."""
+    places = np.rint(np.clip(positions, 0, size - 1) * (1 << _SHARE_BITS)).astype(np.int64)
+    below = places >> _SHARE_BITS
+    return below, np.minimum(below + 1, size - 1), places & ((1 << _SHARE_BITS) - 1)
+
+
+def _mix(mask: Voxels, below: Sequence[Places], above: Sequence[Places], shares: Sequence[Places]) -> Voxels:
+    least = most = mask
+    for axis in range(3):
+        least = np.minimum(least.take(below[axis], axis), least.take(above[axis], axis))
+        most = np.maximum(most.take(below[axis], axis), most.take(above[axis], axis))
+    made = least
+    # Where all eight neighbours have one label, it is that. Elsewhere each of them adds its weight to those
+    # of its label, whatever the number of labels.
+    mixed = np.nonzero(least != most)
+    labels, weights = [], []
+    for corner in itertools.product((0, 1), repeat=3):
+        at = tuple((above if up else below)[axis][mixed[axis]] for axis, up in enumerate(corner))
+        labels.append(mask[at])
+        of_axes = (shares[axis][mixed[axis]] for axis in range(3))
+        x, y, z = (
+            share if up else (1 << _SHARE_BITS) - share for share, up in zip(of_axes, corner, strict=True)
+        )
+        weights.append(x * y * z)
+    best, chosen = np.zeros_like(weights[0]), labels[0]
+    for label in labels:
+        total = sum(
+            np.where(other == label, weight, 0) for other, weight in zip(labels, weights, strict=True)
+        )
+        wins = (total > best) | ((total == best) & (label > chosen))
+        best, chosen = np.where(wins, total, best), np.where(wins, label, chosen)
+    made[mixed] = chosen
+    return made

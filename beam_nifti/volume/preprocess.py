@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from beam_nifti.config import MASK_DTYPES, RecordConfig
+from beam_nifti.config import MASK_DTYPES, RecordConfig, ReferenceGrid
 from beam_nifti.errors import UsageError, VolumeError, is_of_machine
 from beam_nifti.manifest.redaction import describe
+from beam_nifti.volume.align import align_labels, align_voxels, loses_labels
 from beam_nifti.volume.grid import (
     UNTURNED,
     Grid,
+    Resampling,
     Shape3,
     agreed_zooms,
     axes_to,
+    covers,
+    fit,
     is_usable,
+    reference_grid,
+    require_overlap,
+    resize,
+    resize_longest,
     respace,
     turn,
     turn_voxels,
@@ -28,17 +35,13 @@ from beam_nifti.volume.grid import (
 )
 from beam_nifti.volume.header import MAX_VOLUME_BYTES, require_shape, require_size
 from beam_nifti.volume.intensity import describe_rule, select_voxels
-from beam_nifti.volume.label_map import pick_nearest
 from beam_nifti.volume.nonfinite import replace_nonfinite
 from beam_nifti.volume.notes import join_notes
+from beam_nifti.volume.resample import LINEAR, Interpolation, resample_labels, resample_voxels, split_slices
 from beam_nifti.volume.rescale import Scaling, Voxels
 from beam_nifti.volume.user_function import Function, load_functions
 from beam_nifti.volume.volume import Volume
 
-if TYPE_CHECKING:
-    from scipy import sparse
-
-_SLAB_VOXELS: Final = 1 << 11
 _STORED_DTYPES: Final = ("float16", "bfloat16")  # only of rescaled voxels
 
 
@@ -77,18 +80,25 @@ def prepare_volume(
 def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
     steps: list[Callable[[Volume], Volume]] = []
     count = record.num_channels if record.channels else None
+    how, each = Interpolation.of(record), record.channels is not None
     if record.nonfinite is not None:
         steps.append(partial(make_finite, record=record))
     for name, function in load_functions(record):
         steps.append(partial(apply_function, function=function, name=name, num_channels=count))
     if record.orientation is not None:
         steps.append(partial(orient, code=record.orientation))
+    if record.reference is not None:
+        steps.append(partial(align, reference=record.reference, how=how, each=each))
     if record.spacing is not None:
-        steps.append(partial(resample, spacing=record.spacing))
+        steps.append(partial(resample, spacing=record.spacing, how=how))
+    if record.resize is not None:
+        steps.append(partial(resize_to, shape=record.resize, how=how))
+    if record.resize_longest is not None:
+        steps.append(partial(resize_longest_to, size=record.resize_longest, how=how, each=each))
     if record.crop_foreground is not None:
         steps.append(partial(crop_foreground, rule=record.crop_foreground))
     if record.shape is not None:
-        steps.append(partial(crop_or_pad, shape=record.shape, each=record.channels is not None))
+        steps.append(partial(crop_or_pad, shape=record.shape, each=each))
     return steps
 
 
@@ -188,7 +198,9 @@ def _wrong_with(made: object, dtypes: Collection[str] = ()) -> str | None:
     if voxels.ndim not in (3, 4) or voxels.size == 0:
         return f"returned voxels of shape {voxels.shape}; return (X, Y, Z) or (X, Y, Z, channels)"
     if not (voxels.flags.c_contiguous and voxels.dtype.isnative):
-        return "returned voxels in another order; return numpy.ascontiguousarray of them, in native bytes"
+        return (
+            "returned voxels in another order; return numpy.ascontiguousarray of them, in native byte order"
+        )
     scaling: object = made.scaling
     if not isinstance(scaling, Scaling):
         return f"returned a scaling that is a {type(scaling).__name__}; return the Scaling that it got"
@@ -242,104 +254,92 @@ def orient(volume: Volume, code: str) -> Volume:
     )
 
 
-def resample(volume: Volume, spacing: Sequence[float]) -> Volume:
-    """Interpolate linearly to another voxel size (mm) around the same centre, without smoothing first.
+def resample(volume: Volume, spacing: Sequence[float], how: Interpolation = LINEAR) -> Volume:
+    """Resample to another voxel size (mm) around the same centre.
 
-    Outside the outermost voxel centres, the nearest voxel counts. Frames are resampled one by one. A mask
-    gets the label of the nearest voxel. The voxels become float32 in the image's units, unless every axis
-    already has that voxel size.
+    Outside the outermost voxel centres, the nearest voxel counts. Frames are resampled one by one. The voxels
+    become float32 in the image's units, unless every axis already has that voxel size, or they are those of
+    nearest neighbours.
 
     Raises:
         VolumeError: the affine gives voxels no size along an axis, or a record cannot hold the result.
     """
-    old = Grid.of(volume.voxels.shape, volume.affine)
-    new, starts, steps = respace(old, spacing)
-    if steps == [1.0] * 3:
-        return replace(volume, zooms=old.zooms)
-    _require_grid(new.shape, volume.voxels.shape[3:], spacing)
-    # As sparse matrices, one axis after the other: what scipy.ndimage.affine_transform gives, in a ninth
-    # of its time (docs/preparation.md), and no more than a slice in float64, or several small ones.
-    first, second, third = map(interpolation_weights, old.shape, new.shape, starts, steps)
-    channels = volume.voxels.shape[3:]
-    frames = volume.voxels.reshape(*old.shape, -1)
-    voxels = np.empty((*new.shape, frames.shape[3]), np.float32)
-    # Rescaling refuses what comes of infinite voxels, and of those that float32 cannot hold.
-    with np.errstate(over="ignore", invalid="ignore"):
-        for xs in _slabs(new.shape[0], max(math.prod(old.shape[1:]), math.prod(new.shape[1:]))):
-            for frame in range(frames.shape[3]):
-                between = _weighted(first, xs, frames[..., frame], volume.scaling)
-                along_y = second @ between.swapaxes(0, 1).reshape(old.shape[1], -1)
-                turned = along_y.reshape(new.shape[1], -1, old.shape[2]).T
-                along_z = third @ turned.reshape(old.shape[2], -1)
-                voxels[xs, ..., frame] = along_z.reshape(new.shape[2], -1, new.shape[1]).transpose(1, 2, 0)
+    resampling = respace(Grid.of(volume.voxels.shape, volume.affine), spacing)
+    return _resampled(volume, resampling, how, f"--spacing {','.join(f'{n:g}' for n in spacing)}")
+
+
+def resize_to(volume: Volume, shape: Shape3, how: Interpolation = LINEAR) -> Volume:
+    """Resample the whole field of view to so many voxels, as `resample`."""
+    resampling = resize(Grid.of(volume.voxels.shape, volume.affine), shape)
+    return _resampled(volume, resampling, how, f"--resize {','.join(map(str, shape))}")
+
+
+def resize_longest_to(
+    volume: Volume, size: int, how: Interpolation = LINEAR, *, each: bool = False
+) -> Volume:
+    """Resample so that the longest axis has `size` voxels, and pad to a cube, as `crop_or_pad`."""
+    resampling = resize_longest(Grid.of(volume.voxels.shape, volume.affine), size)
+    resized = _resampled(volume, resampling, how, f"--resize-longest {size}")
+    return crop_or_pad(resized, (size, size, size), each=each)
+
+
+def _resampled(volume: Volume, resampling: Resampling, how: Interpolation, option: str) -> Volume:
+    grid = resampling.grid
+    if resampling.is_exact:
+        return replace(volume, zooms=grid.zooms)
+    _require_grid(grid.shape, volume.voxels.shape[3:], option)
+    voxels, scaling = resample_voxels(volume.voxels, volume.scaling, resampling, how)
     return replace(
         volume,
-        voxels=voxels.reshape(new.shape + channels),
-        scaling=Scaling(),
-        affine=new.affine,
-        zooms=new.zooms,
-        mask=None if volume.mask is None else pick_nearest(volume.mask, new.shape, starts, steps),
+        voxels=voxels,
+        scaling=scaling,
+        affine=grid.affine,
+        zooms=grid.zooms,
+        mask=None if volume.mask is None else resample_labels(volume.mask, resampling, how),
     )
 
 
-def _weighted(
-    weights: sparse.csr_array, rows: slice, slices: Voxels, scaling: Scaling
-) -> npt.NDArray[np.float64]:
-    """Sums of one or two slices each, by some rows of their weights, as float64 (rows, Y, Z)."""
-    begins = weights.indptr[rows.start : rows.stop + 1]
-    counts, begins = np.diff(begins), begins[:-1]
-    totals = np.zeros((len(begins), *slices.shape[1:]))
-    if len(begins) == 1:  # without copies of large slices
-        for at in range(begins[0], begins[0] + counts[0]):
-            totals[0] += weights.data[at] * scaling.apply(slices[weights.indices[at]])
-        return totals
-    for which in range(counts.max()):
-        places = np.flatnonzero(counts > which)
-        at = begins[places] + which
-        values = scaling.apply(slices[weights.indices[at]])
-        totals[places] += weights.data[at, np.newaxis, np.newaxis] * values
-    return totals
+def align(volume: Volume, reference: ReferenceGrid, how: Interpolation, *, each: bool = False) -> Volume:
+    """Interpolate at the positions of the voxels of a reference, as `align_voxels`.
+
+    Raises:
+        VolumeError: the volume has nothing there, or a record cannot hold the result.
+    """
+    old, new = Grid.of(volume.voxels.shape, volume.affine), reference_grid(reference)
+    require_overlap(old, reference)
+    _require_grid(new.shape, volume.voxels.shape[3:], "--reference")
+    voxels, scaling = align_voxels(volume.voxels, volume.scaling, old, new, how, each=each)
+    mask, notes = None, [] if covers(old, new) else ["beyond-field-of-view"]
+    if volume.mask is not None:
+        mask = align_labels(volume.mask, old, new, how)
+        notes += ["labels-lost-to-reference"] if loses_labels(volume.mask, old, new) else []
+    return replace(
+        volume,
+        voxels=voxels,
+        scaling=scaling,
+        affine=new.affine,
+        zooms=new.zooms,
+        mask=mask,
+        notes=join_notes([volume.notes, notes]),
+    )
 
 
-def _slabs(num_slices: int, slice_voxels: int) -> Iterator[slice]:
-    """Slices to handle at once: one, or several where they are small, as calls take longer than those."""
-    step = max(1, _SLAB_VOXELS // slice_voxels)
-    return (slice(start, start + step) for start in range(0, num_slices, step))
-
-
-def _require_grid(shape: Shape3, channels: tuple[int, ...], spacing: Sequence[float]) -> None:
+def _require_grid(shape: Shape3, channels: tuple[int, ...], option: str) -> None:
     # Though they may be cropped afterwards: an affine that is wrong by a thousand asks for terabytes.
     made = (*shape, *channels)
     if 4 * math.prod(made) > MAX_VOLUME_BYTES:
+        is_spacing = option.startswith("--spacing")
+        remedy = "repair the affine, or use a larger --spacing" if is_spacing else "use fewer voxels"
         raise VolumeError(
-            f"--spacing {','.join(f'{n:g}' for n in spacing)} would make shape {made}, more than "
-            f"{MAX_VOLUME_BYTES:,} bytes of float32; repair the affine, or use a larger --spacing"
+            f"{option} would make shape {made}, more than {MAX_VOLUME_BYTES:,} bytes of float32; {remedy}"
         )
-
-
-def interpolation_weights(old_size: int, new_size: int, start: float, step: float) -> sparse.csr_array:
-    """The weights of a linear interpolation, float64 (new_size, old_size), as `numpy.interp`, bit for bit.
-
-    `start` is the index in the line of the first new voxel, and `step` the distance to the next one.
-    """
-    from scipy import sparse  # 0.15 s, which no other build shall wait for
-
-    places = np.clip(start + step * np.arange(new_size), 0, old_size - 1)
-    below = np.floor(places)
-    shares = places - below
-    rows = np.tile(np.arange(new_size, dtype=np.int32), 2)
-    columns = np.concatenate([below, np.minimum(below + 1, old_size - 1)]).astype(np.int32)
-    weights = sparse.coo_array((np.concatenate([1 - shares, shares]), (rows, columns)), (new_size, old_size))
-    matrix = weights.tocsr()
-    matrix.eliminate_zeros()
-    return matrix
 
 
 def crop_foreground(volume: Volume, rule: str) -> Volume:
     """Crop to the bounding box of the foreground, of all frames together."""
     shape, mask = volume.voxels.shape[:3], volume.mask
     along = [np.zeros(size, bool) for size in shape]
-    for xs in _slabs(shape[0], math.prod(volume.voxels.shape[1:])):
+    for xs in split_slices(shape[0], math.prod(volume.voxels.shape[1:])):
         slab = volume.voxels[xs]
         selected = select_voxels(slab, volume.scaling, rule, None if mask is None else mask[xs])
         found = np.any(selected.reshape(*slab.shape[:3], -1), axis=3)
@@ -380,7 +380,8 @@ def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
     if old.shape == shape:
         return volume
     voxels = volume.voxels
-    cut = [max(0, size - wanted) // 2 for size, wanted in zip(old.shape, shape, strict=True)]
+    grid, starts = fit(old, shape)
+    cut = [max(0, start) for start in starts]
     missing = [max(0, wanted - size) for size, wanted in zip(old.shape, shape, strict=True)]
     widths = [(n // 2, n - n // 2) for n in missing]
     least = None
@@ -388,11 +389,10 @@ def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
         # NaN voxels that are cropped away shall not come back as padding.
         ufunc = np.fmin if volume.scaling.slope > 0 else np.fmax
         least = ufunc.reduce(voxels, axis=(0, 1, 2) if each else None)
-    starts = [start - n // 2 for start, n in zip(cut, missing, strict=True)]
     fitted = replace(
         volume,
         voxels=_fit(voxels, shape, cut, widths, least),
-        affine=old.part(starts, shape).affine,
+        affine=grid.affine,
         mask=None if volume.mask is None else _fit(volume.mask, shape, cut, widths, 0),
     )
     return _noting_lost_labels(fitted, volume.mask, "labels-lost-to-shape")

@@ -12,9 +12,19 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.storage import paths as storage
+from beam_nifti.volume.align import align_labels, align_voxels
 from beam_nifti.volume.files import FileStats, ReadHeader, Source, open_image, read_header
 from beam_nifti.volume.formats import parse_header
-from beam_nifti.volume.grid import Affine, require_same_grid, turn_voxels, turns_between
+from beam_nifti.volume.grid import (
+    Affine,
+    Grid,
+    covers,
+    overlaps,
+    require_overlap,
+    require_same_grid,
+    turn_voxels,
+    turns_between,
+)
 from beam_nifti.volume.header import (
     VolumeHeader,
     record_layout,
@@ -23,9 +33,10 @@ from beam_nifti.volume.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, stored_range
+from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, select_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
 from beam_nifti.volume.notes import join_notes
+from beam_nifti.volume.resample import Interpolation
 from beam_nifti.volume.rescale import (
     Intensity,
     RescaleRange,
@@ -125,10 +136,10 @@ def load_volume(
             header = image.header
             layout = record_layout(path, header, of_one)
             voxels = take_voxels(image, layout, record.complex)
-        if images:
-            voxels = _turn_onto(images[0].header, voxels, header)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling
+        if images:
+            voxels, scaling = _bring_onto(images[0].header, voxels, scaling, header, record)
         images.append(_LoadedImage(header, voxels, scaling, image.stats))
     first = images[0]
     mask = _load_mask(row, folder, record, first.header)
@@ -170,9 +181,13 @@ def load_frames(
         return replace(volume, notes=join_notes([volume.notes, notes]))
 
     frames = [frame for frame in row.frames if frame <= last]
-    if not frames:  # other frames of it are finished, so it was longer then
+    if not frames:
+        which = (
+            f"frame {row.frames[0]}" if clip == 1 else f"frames {row.frames[0]} to {row.frames[0] + clip - 1}"
+        )
         raise VolumeError(
-            f"{row.path}: number of frames is {header.num_frames}, fewer than before; use --recheck"
+            f"{row.path}: no {which}: number of frames is {header.num_frames}; choose others, or build with "
+            "--recheck if the image had more before"
         )
     return map(of_frame, frames)  # unlike a generator, it keeps no frame that it has returned
 
@@ -204,7 +219,7 @@ def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeH
         return _LoadedImage(image, np.zeros(image.space, record.mask_dtype), Scaling(), ())
     parse = _parser(row, record.num_channels, record, image)
     mask = load_mask(path, storage.join(folder, path), parse, record)
-    labels = _turn_onto(image, mask.labels, mask.header)
+    labels, _ = _bring_onto(image, mask.labels, Scaling(), mask.header, record, is_mask=True)
     return _LoadedImage(mask.header, labels, Scaling(), mask.stats, mask.mapped)
 
 
@@ -235,11 +250,24 @@ def _assemble(
     )
 
 
-def _turn_onto(first: VolumeHeader, voxels: Voxels, header: VolumeHeader) -> Voxels:
-    """The voxels of an image in the axis order of the first image, C order."""
+def _bring_onto(
+    first: VolumeHeader,
+    voxels: Voxels,
+    scaling: Scaling,
+    header: VolumeHeader,
+    record: RecordConfig,
+    *,
+    is_mask: bool = False,
+) -> tuple[Voxels, Scaling]:
+    """The voxels of an image on the grid of the first image, C order, and their scaling."""
     turns = turns_between(header.grid, first.grid)
-    assert turns is not None  # or it has been refused
-    return np.ascontiguousarray(turn_voxels(voxels, turns))
+    if turns is not None:
+        return np.ascontiguousarray(turn_voxels(voxels, turns)), scaling
+    assert record.align is not None  # or it has been refused
+    how = Interpolation.of(record)
+    if is_mask:
+        return align_labels(voxels, header.grid, first.grid, how), scaling
+    return align_voxels(voxels, scaling, header.grid, first.grid, how)
 
 
 def _parser(
@@ -262,16 +290,36 @@ def _parser(
     def parse(head: bytes) -> VolumeHeader:
         header = parse_mask_header(path, head) if is_mask else parse_header(path, head)
         if not (is_mask or is_any):
-            layout = require_storable(path, header, record)
-            if layout.stored_shape is not None:
+            is_aligned = number > 0 and record.align is not None  # so its own shape makes no difference
+            layout = (record_layout if is_aligned else require_storable)(path, header, record)
+            if layout.stored_shape is not None and not is_aligned:
                 require_shape(path, layout.stored_shape, shape)
             require_dtype(path, header, dtype)
+            if record.reference is not None and record.preprocess is None and number == 0:
+                try:
+                    require_overlap(header.grid, record.reference)
+                except VolumeError as e:
+                    raise VolumeError(f"{path}: {e}") from e
+        if first is not None and record.align is not None:
+            return _require_aligned(path, header, row.path, first)
         if first is not None:
             may_turn = is_any or record.orientation is not None
-            require_same_grid(path, header.grid, row.path, first.grid, may_turn=may_turn, is_mask=is_mask)
+            require_same_grid(path, header.grid, row.path, first.grid, may_turn=may_turn)
         return header
 
     return parse
+
+
+def _require_aligned(path: str, header: VolumeHeader, first_path: str, first: VolumeHeader) -> VolumeHeader:
+    """Refuse a header of nothing at the positions of the first image; otherwise return it, with a note."""
+    if not overlaps(header.grid, first.grid):
+        raise VolumeError(
+            f"{path}: its field of view does not meet that of {first_path}; correct its affine, or leave the "
+            "example out"
+        )
+    if covers(header.grid, first.grid) or turns_between(header.grid, first.grid) is not None:
+        return header
+    return replace(header, notes=(*header.notes, "beyond-other-image"))
 
 
 def _stack(row: VolumeRow, images: list[_LoadedImage], record: RecordConfig) -> tuple[Voxels, Scaling]:
@@ -322,6 +370,15 @@ def load_header(
     return replace(headers[0], notes=join_notes([*(header.notes for header in headers), of_frames]))
 
 
+def read_grid(path: str) -> Grid:
+    """The voxel grid of any image, from its header.
+
+    Raises:
+        VolumeError: the file is missing, or is not an image of a known format.
+    """
+    return read_header(path, path, lambda head: parse_header(path, head)).grid
+
+
 def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
     """Measure a volume, and make its voxels what the record stores; each channel by itself.
 
@@ -329,12 +386,15 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         VolumeError: voxels are NaN or infinite, have no range, or do not fit their dtype.
     """
     intensities, ranges, stored = list[Intensity](), list[RescaleRange](), volume.voxels
+    notes = list[str]()
     is_native = config.voxel_dtype == "native"
-    for number, voxels in enumerate(_images(volume, config)):
+    for number, voxels in enumerate(images_of(volume, config)):
         try:
-            intensity, found, rescaled = _rescale(voxels, volume, config)
+            intensity, found, rescaled = _rescale(voxels, volume, config, number)
         except VolumeError as e:
             raise VolumeError(f"{volume.row.files[number]}: {e}") from e
+        if _is_far_from_cohort(voxels, volume, config, intensity, number):
+            notes.append("far-from-cohort")
         intensities.append(intensity)
         ranges += [found] if found else []
         if config.channels is None:
@@ -349,8 +409,22 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         scaling=volume.scaling if is_native else Scaling(),
         intensities=tuple(intensities),
         rescale_ranges=tuple(ranges),
+        notes=join_notes([volume.notes, notes]),
         config=config,
     )
+
+
+def _is_far_from_cohort(
+    voxels: Voxels, volume: Volume, config: RecordConfig, intensity: Intensity, number: int
+) -> bool:
+    if config.rescale_stats is None:
+        return False
+    if config.rescale_within is not None:
+        voxels = voxels[select_voxels(voxels, volume.scaling, config.rescale_within, volume.mask)]
+        if voxels.size == 0:
+            return False
+        intensity = measure(voxels, volume.scaling)
+    return config.rescale_stats.channels[number].is_far(intensity.mean)
 
 
 def require_rescaled(volume: Volume) -> None:
@@ -362,7 +436,7 @@ def require_rescaled(volume: Volume) -> None:
             f"{volume.row.path}: its voxels are {volume.voxels.dtype}, but Rescale made them "
             f"{config.voxel_dtype}; {remedy}"
         )
-    for number, voxels in enumerate(_images(volume, config)):
+    for number, voxels in enumerate(images_of(volume, config)):
         intensity = volume.intensities[number]
         found = np.array([voxels.min(), voxels.max()])
         if config.voxel_dtype == "native":
@@ -377,7 +451,7 @@ def require_rescaled(volume: Volume) -> None:
             )
 
 
-def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
+def images_of(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
     """The voxels of each image, C order."""
     if config.channels is None:
         yield volume.voxels
@@ -387,7 +461,7 @@ def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
 
 
 def _rescale(
-    voxels: Voxels, volume: Volume, config: RecordConfig
+    voxels: Voxels, volume: Volume, config: RecordConfig, number: int
 ) -> tuple[Intensity, RescaleRange | None, Voxels]:
     scaling = volume.scaling
     remedy = "replace them with --nonfinite, or repair the image"
@@ -398,7 +472,7 @@ def _rescale(
     intensity = measure(voxels, scaling, remedy)
     if config.method == "minmax" and intensity.min == intensity.max:
         raise constant_image(intensity.min)
-    rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask)
+    rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask, number)
     if not config.is_bounded:
         require_range(intensity, rescale_range, config.rescaled_dtype)
     if config.voxel_dtype == "native":

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -25,6 +26,7 @@ from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.pipeline.configure import make_config
 from beam_nifti.pipeline.options import OPTIONS, flag_of
 from beam_nifti.pipeline.parameters import as_parameters, naming_parameters
+from beam_nifti.pipeline.statistics_file import parse_statistics
 from beam_nifti.volume.user_function import source_sha256
 from tests.build_helpers import build_config, contents
 from tests.datasets import edit_info, info_of
@@ -35,6 +37,11 @@ from tests.user_functions import change_all_in_place, scale
 STEP = "tests.golden.steps:double"
 SPLIT = {"split": "a=1"}
 MASKS = {"mask_column": "seg"}
+COHORT = {"rescale": "cohort:zscore"}
+STATISTICS = str(Path(__file__).parent.parent / "golden/statistics.json")
+
+REFERENCE = Path(__file__).parent.parent / "golden/version-1/images/1-T1w.nii"
+REFERENCE_GRID = {"shape": nib.load(REFERENCE).shape, "affine": nib.load(REFERENCE).affine}  # type: ignore[attr-defined]
 
 ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--path-column=T1w", ["T1w", ["T1w"], ("T1w",)]),
@@ -65,6 +72,18 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--rescale=window:-160,240", [Window(-160, np.int16(240)), ("window", np.float32(-160), 240)]),
     ({}, "--rescale=zscore", ["zscore", ("zscore",)]),
     ({}, "--rescale-within=above:-0.5", ["above:-.5", ("above", -0.5), ["above", np.float64(-0.5)]]),
+    ({}, "--rescale=cohort:zscore", ["cohort:zscore", ("cohort:zscore",)]),
+    (
+        {},
+        "--rescale=cohort:percentile:0.5,99.5",
+        ["cohort:percentile:.5,99.5", ("cohort:percentile", 0.5, np.float64(99.5))],
+    ),
+    (COHORT, "--rescale-split=test,train", ["train,test", ["train", "test"], ("test", "train", "test")]),
+    (
+        COHORT,
+        f"--rescale-stats={STATISTICS}",
+        [STATISTICS, Path(STATISTICS), parse_statistics(Path(STATISTICS).read_text())],
+    ),
     ({"rescale": "window:0,1"}, "--clip", [True, np.True_]),
     (MASKS, "--mask-dtype=uint16", ["uint16"]),
     (
@@ -99,6 +118,14 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--spacing=1,1,1", ["1,1,1", 1, 1.0, np.float32(1), (1, 1, 1), [1, "1", 1.0], np.ones(3)]),
     ({}, "--crop-foreground=nonzero", ["nonzero", ("nonzero",)]),
     ({}, "--spacing=0.7,0.7,2", [np.array([0.7, 0.7, 2], np.float32), (0.7, np.float32(0.7), 2)]),
+    (MASKS, "--align=first", ["first"]),
+    ({}, f"--reference={REFERENCE}", [REFERENCE, REFERENCE_GRID]),
+    ({}, "--resize=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
+    ({}, "--resize-longest=128", [128, "128", np.int64(128)]),
+    ({"spacing": "1,1,1"}, "--separate-z=auto", ["auto"]),
+    ({"spacing": "1,1,1"}, "--antialias", [True, np.bool_(True)]),
+    ({"spacing": "1,1,1"}, "--interpolation=cubic", ["cubic"]),
+    ({"spacing": "1,1,1", "mask_column": "mask"}, "--mask-interpolation=linear", ["linear"]),
     ({}, "--shape=160,192,161", ["160,192,161", (160, 192, 161), np.array([160, 192, 161])]),
     ({}, "--max-bad-fraction=0.25", [0.25, ".25", np.float16(0.25)]),
     ({}, "--overwrite", [True]),
@@ -171,7 +198,7 @@ def wrapped(volume: Any) -> Any:
 
 
 REFUSED: list[tuple[str, Any, str]] = [
-    ("rescal", "minmax", "unknown option 'rescal'; did you mean rescale or rescale_within?"),
+    ("rescal", "minmax", "unknown option 'rescal'; did you mean rescale or rescale_stats or rescale_split?"),
     ("zzz", 1, "unknown option 'zzz'; choose one of: path_column, "),
     ("workers", True, "--workers is True; give a whole number"),
     ("workers", 2.5, "--workers is 2.5; give a whole number"),
@@ -187,6 +214,21 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("max_bad_fraction", 1 + 1j, "--max-bad-fraction is (1+1j); give a number"),
     ("max_bad_fraction", 10**400, "; give a number"),
     ("clip", 1, "--clip is 1; give True or False"),
+    (
+        "rescale",
+        "cohort:minmax",
+        "--rescale is 'cohort:minmax'; choose one of: minmax, percentile:LO,HI, win",
+    ),
+    (
+        "rescale",
+        "cohort:percentile:9",
+        "'cohort:percentile:9'; write it as cohort:percentile:LO,HI, with fin",
+    ),
+    ("rescale", ("cohort:percentile", 1, 101), "percentiles are between 0 and 100"),
+    ("rescale_split", 3, "--rescale-split is 3; give the name of a split, or a list of them"),
+    ("rescale_split", "train", "--rescale-split has no effect on --rescale minmax, which does not depend on"),
+    ("rescale_stats", {"channels": []}, "--rescale-stats is {'channels': []}; give a path"),
+    ("rescale_stats", STATISTICS, "--rescale-stats has no effect on --rescale minmax, which does not depend"),
     ("clip", "yes", "--clip is 'yes'; give True or False"),
     ("clip", np.array([True]), "give True or False"),
     ("rescale", 3, "--rescale is 3; choose one of: minmax, percentile:LO,HI, window:LO,HI, zscore, none"),
@@ -415,7 +457,10 @@ def test_a_conflict_names_where_an_option_is_from(study: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rescal = 'zscore'", "{}: unknown option 'rescal'; did you mean rescale or rescale_within?"),
+        (
+            "rescal = 'zscore'",
+            "{}: unknown option 'rescal'; did you mean rescale or rescale_stats or rescale_split?",
+        ),
         ("num-shards = 1\nnum_shards = 1", "{}: num_shards is given twice; give it once"),
         ("workers = true", "{}: --workers is True; give a whole number"),
         ("frames = 1979-05-27", "{}: --frames is datetime.date(1979, 5, 27); choose one of"),

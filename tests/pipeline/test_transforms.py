@@ -156,6 +156,9 @@ def test_the_steps_work_without_a_build(tmp_path: Path) -> None:
     assert (volume.voxels.min(), volume.voxels.max()) == (0, 1)
 
 
+GRID = {"shape": (4, 5, 6), "affine": [2.0, 0, 0, 1, 0, 2, 0, 1, 0, 0, 2, 1, 0, 0, 0, 1]}
+
+
 @pytest.mark.parametrize(
     ("step", "options", "wanted"),
     [
@@ -169,6 +172,23 @@ def test_the_steps_work_without_a_build(tmp_path: Path) -> None:
         (Preprocess, {"orientation": "native"}, {}),
         (Preprocess, {"spacing": 2}, {"spacing": (2.0, 2.0, 2.0)}),
         (Preprocess, {"spacing": "1,1,1.5"}, {"spacing": (1.0, 1.0, 1.5)}),
+        (
+            LoadVolume,
+            {"align": "first", "interpolation": "cubic", "mask_interpolation": "linear", "antialias": True},
+            {"align": "first", "interpolation": "cubic", "mask_interpolation": "linear", "antialias": True},
+        ),
+        (Preprocess, {"reference": GRID}, {"reference": GRID}),
+        (Preprocess, {"resize": np.array([4, 5, 6])}, {"resize": (4, 5, 6)}),
+        (
+            Preprocess,
+            {"resize_longest": np.int64(4), "interpolation": "cubic", "antialias": np.True_},
+            {"resize_longest": 4, "interpolation": "cubic", "antialias": True},
+        ),
+        (
+            Preprocess,
+            {"spacing": 2, "mask_interpolation": "linear", "separate_z": "auto"},
+            {"spacing": (2.0, 2.0, 2.0), "mask_interpolation": "linear", "separate_z": "auto"},
+        ),
         (Preprocess, {"shape": "4,4,4"}, {"shape": (4, 4, 4)}),
         (Preprocess, {"shape": np.array([4, 5, 6])}, {"shape": (4, 5, 6)}),
         (Preprocess, {"crop_foreground": ("above", 3)}, {"crop_foreground": "above:3"}),
@@ -194,6 +214,12 @@ def test_steps_take_the_values_that_builds_take(step: Any, options: dict[str, An
         (LoadVolume, {"channels": "T1w,"}, "^channels is 'T1w,'; give the name of each"),
         (LoadVolume, {"mask_dtype": np.uint8}, "^mask_dtype is .*; choose one of: uint8"),
         (LoadVolume, {"complex": "x"}, "^complex is 'x'; choose one of"),
+        (LoadVolume, {"interpolation": "cubic"}, "^interpolation has no effect without align, "),
+        (LoadVolume, {"align": "last"}, "^align is 'last'; choose one of"),
+        (Preprocess, {"resize_longest": 4.5}, "^resize_longest is 4.5; give a whole number"),
+        (Preprocess, {"resize": (4, 4, 4), "spacing": 2}, "^spacing and resize both decide"),
+        (Preprocess, {"reference": {"shape": (4, 4, 4)}}, "^reference is .*; give the path of an image"),
+        (Preprocess, {"antialias": True}, "^antialias=True has no effect without|^antialias has no effect"),
         (Preprocess, {"spacing": "222"}, "^spacing is '222'; give three sizes"),
         (Preprocess, {"spacing": (0, 1, 1)}, "^spacing is 0,1,1; give three sizes"),
         (Preprocess, {"shape": (10.5, 10, 10)}, "^shape is .*; give three whole numbers"),

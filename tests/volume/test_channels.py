@@ -169,7 +169,7 @@ def turned(degrees: float) -> Array:
         ),
         (turned(3.0), SHAPE, r"b\.nii: its voxels are up to 0\.\d+ mm away from those of a\.nii"),
         (AFFINE @ np.diag([-1, 1, 1, 1]), SHAPE, r"b\.nii: its voxels are up to 20 mm away from"),
-        (AFFINE, (6, 5, 3), r"b\.nii: shape \(6, 5, 3\) where a\.nii has \(6, 5, 4\); resample it"),
+        (AFFINE, (6, 5, 3), r"b\.nii: shape \(6, 5, 3\) where a\.nii has \(6, 5, 4\); use --align first"),
     ],
 )
 def test_images_of_other_voxels_are_refused(

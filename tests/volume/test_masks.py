@@ -238,7 +238,10 @@ def test_the_refusal_of_a_mask_has_all_digits_of_the_value(tmp_path: Path) -> No
             labels(shape=(6, 5, 4, 2)),
             r"m\.nii: shape \(6, 5, 4, 2\) of uint8: a mask must have one number per voxel",
         ),
-        (labels(shape=(6, 5, 3)), r"m\.nii: shape \(6, 5, 3\) where a\.nii has \(6, 5, 4\); resample it"),
+        (
+            labels(shape=(6, 5, 3)),
+            r"m\.nii: shape \(6, 5, 3\) where a\.nii has \(6, 5, 4\); use --align first",
+        ),
     ],
 )
 def test_what_is_no_mask_is_refused(tmp_path: Path, mask: Array, message: str) -> None:
