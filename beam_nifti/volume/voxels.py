@@ -41,7 +41,10 @@ def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = N
     out = np.zeros(layout.shape, layout.dtype)
     for number, content in contents:
         target = out[..., number // frames] if components > 1 else out
-        target += _arrange(content, header, (), layout, part)
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # of infinite voxels, which are refused or replaced
+            target += _arrange(content, header, (), layout, part)
     out /= frames
     return out if header.is_complex else header.scaling.apply(out)
 

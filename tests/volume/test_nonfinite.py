@@ -239,6 +239,16 @@ def test_frames_and_channels(tmp_path: Path) -> None:
     assert verify_dataset(str(tmp_path / "two"), manifest=str(manifest), deep=ALL).ok
 
 
+def test_the_mean_of_infinite_frames_is_replaced(tmp_path: Path) -> None:
+    frames = np.stack([brain(SHAPE, i).astype(np.float32) for i in range(2)], -1)
+    frames[0, 0, 0], frames[1, 1, 1, 0] = [np.inf, -np.inf], np.nan
+    write_image(tmp_path / "run.nii", frames)
+    record = RecordConfig(frames="mean", nonfinite="value:-1")
+    mean = prepare_volume(load_volume(row_of("run.nii"), str(tmp_path), record=record), record)
+    assert (mean.voxels[0, 0, 0], mean.voxels[1, 1, 1], mean.num_nonfinite) == (-1, -1, (2,))
+    assert mean.voxels[2, 2, 2] == frames[2, 2, 2].mean()
+
+
 def test_voxels_that_a_function_made_infinite_are_refused(tmp_path: Path) -> None:
     record = RecordConfig(nonfinite="zero")
     volume = Volume(row_of("a.nii"), holed(), Scaling(), AFFINE, (2, 2, 2.5), "float32", SOURCE)
