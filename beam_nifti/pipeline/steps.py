@@ -233,7 +233,10 @@ class PreprocessFn(_VolumeFn):
         with timed(self._msec):
             volume = self._checked(volume)
             config = _joined(volume.config, self._config, _PREPARED)
+            earlier = volume.config.nonfinite if volume.config else None
             prepared = prepare_volume(volume, config, self._shape, release=self._release)
+            if config.nonfinite is None and earlier is not None:  # LoadVolume has replaced them
+                prepared = replace(prepared, config=replace(config, nonfinite=earlier))
         yield prepared
 
 
@@ -485,6 +488,8 @@ class LoadVolume(_Step):
         mask_dtype: dtype of the label map that is each row's last file, as named by `Columns.mask`; None if
             rows have none.
         map_labels: labels of masks that become others, as in `BuildOptions`.
+        nonfinite: what becomes of NaN and infinite voxels, as in `BuildOptions`; None leaves them. With
+            `align`, give it here and not to `Preprocess`, because they would spread to their neighbours.
         align: "first" brings other images and masks to the voxel grid of the first image, as in
             `BuildOptions`; None refuses other grids.
         interpolation: how values between voxel centres are computed for that, as in `BuildOptions`.
@@ -506,6 +511,7 @@ class LoadVolume(_Step):
         channels: Names | None = None,
         mask_dtype: str | None = None,
         map_labels: str | Mapping[Any, SupportsIndex] | None = None,
+        nonfinite: Rule | None = None,
         align: str | None = None,
         interpolation: str | None = None,
         mask_interpolation: str | None = None,
@@ -518,6 +524,7 @@ class LoadVolume(_Step):
             "path_column": channels,
             "mask_dtype": mask_dtype,
             "map_labels": map_labels,
+            "nonfinite": nonfinite,
             "align": align,
             "interpolation": interpolation,
             "mask_interpolation": mask_interpolation,

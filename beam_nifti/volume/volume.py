@@ -35,6 +35,7 @@ from beam_nifti.volume.header import (
 )
 from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, select_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
+from beam_nifti.volume.nonfinite import replace_nonfinite
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.resample import Interpolation
 from beam_nifti.volume.rescale import (
@@ -138,13 +139,27 @@ def load_volume(
             voxels = take_voxels(image, layout, record.complex)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling
+        count = 0
+        if record.nonfinite is not None:  # here, as an image may be interpolated onto the first one's grid
+            voxels, scaling, count = _make_finite(path, voxels, scaling, record)
         if images:
             voxels, scaling = _bring_onto(images[0].header, voxels, scaling, header, record)
-        images.append(_LoadedImage(header, voxels, scaling, image.stats))
+        images.append(_LoadedImage(header, voxels, scaling, image.stats, num_nonfinite=count))
     first = images[0]
     mask = _load_mask(row, folder, record, first.header)
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
     return _assemble(row, images, mask, voxels, scaling, record)
+
+
+def _make_finite(
+    path: str, voxels: Voxels, scaling: Scaling, record: RecordConfig
+) -> tuple[Voxels, Scaling, int]:
+    is_native = record.voxel_dtype == "native"
+    try:
+        made, now, (count,) = replace_nonfinite(voxels, scaling, record.nonfinite or "", is_native=is_native)
+    except VolumeError as e:
+        raise VolumeError(f"{path}: {e}") from e
+    return made, now, count
 
 
 def load_frames(
@@ -205,6 +220,7 @@ class _LoadedImage:
     scaling: Scaling
     stats: FileStats
     mapped: tuple[int, ...] = ()
+    num_nonfinite: int = 0
 
 
 def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
@@ -245,6 +261,7 @@ def _assemble(
         source=Source(stats, header.shape, affine),
         mask=mask.voxels if mask else None,
         mapped_labels=mask.mapped if mask and record.map_labels is not None else None,
+        num_nonfinite=() if record.nonfinite is None else tuple(image.num_nonfinite for image in images),
         notes=join_notes(file.header.notes for file in files),
         config=record,
     )
