@@ -120,7 +120,8 @@ _HELP: Final = {
     "8 significant bits; uint8: a quarter, 256 levels of [0, 1]; native: the voxels of the file, which the "
     "reader rescales to exactly the values of float32",
     "frames": "what to store of a 4-D image. all: every frame, as channels of one record; each: every "
-    "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); first, or a number from 0: that "
+    "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); each:N: every N frames, as channels of "
+    "a separate example; first, or a number from 0: that "
     "frame; mean: the mean of the frames; default: 4-D images are refused",
     "max_frames": "for --frames each of images that differ in their number of frames: the most that one may "
     "have; default: all images must have as many as the first",

@@ -39,6 +39,7 @@ from beam_nifti.config.record import (
     FRAMES,
     LATER_OPTIONS,
     MASK_DTYPES,
+    MOST_FRAMES,
     VOXEL_DTYPES,
     RecordConfig,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "MASK_INTERPOLATIONS",
     "MISSING_LABELS",
     "MISSING_MASKS",
+    "MOST_FRAMES",
     "NONFINITE",
     "ORIENTATIONS",
     "PREPARATIONS",

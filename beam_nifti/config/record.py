@@ -65,8 +65,8 @@ LATER_OPTIONS: Final = (
 )
 """Options that dataset_info.json contains only if they are given, as it did before they existed."""
 
-FRAMES: Final = ("all", "each", "first", "mean", "INDEX")
-"""INDEX stands for a number, from 0."""
+FRAMES: Final = ("all", "each", "each:N", "first", "mean", "INDEX")
+"""N stands for the number of frames of a clip, and INDEX for a number, from 0."""
 
 MASK_DTYPES: Final = ("uint8", "uint16")
 
@@ -181,17 +181,21 @@ class RecordConfig:
 
     def _check_frames(self) -> None:
         if self.frames is not None and not re.fullmatch(
-            r"all|each|first|mean|0|[1-9]\d{0,8}", self.frames, re.A
+            r"all|each(:[1-9]\d{0,4})?|first|mean|0|[1-9]\d{0,8}", self.frames, re.A
         ):
             raise UsageError(f"--frames is {self.frames!r}; choose one of: {', '.join(FRAMES)} (from 0)")
         if self.frames == "0":
             object.__setattr__(self, "frames", "first")
+        if self.frames == "each:1":
+            object.__setattr__(self, "frames", "each")
         if self.max_frames is not None:
-            if self.frames != "each":
+            if not self.splits_frames:
                 raise UsageError("--max-frames is for --frames each; add that, or drop it")
-            if not 1 <= self.max_frames <= MOST_FRAMES:
-                raise UsageError(f"--max-frames is {self.max_frames}; give 1 to {MOST_FRAMES}")
-        if self.frames == "each" and self.channels is not None:
+            if not self.clip_frames <= self.max_frames <= MOST_FRAMES:
+                raise UsageError(
+                    f"--max-frames is {self.max_frames}; give {self.clip_frames} to {MOST_FRAMES}"
+                )
+        if self.splits_frames and self.channels is not None:
             raise UsageError(
                 "--frames each makes examples of the frames of one image, but --path-column names several "
                 "images; use --frames first, mean or a number"
@@ -413,6 +417,16 @@ class RecordConfig:
         return self.clip or (self.method == "minmax" and not self.has_range)
 
     @property
+    def splits_frames(self) -> bool:
+        """Whether an image becomes several examples: each frame, or each clip of frames."""
+        return (self.frames or "").partition(":")[0] == "each"
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of an example if an image becomes several examples."""
+        return int((self.frames or "").partition(":")[2] or 1)
+
+    @property
     def label_map(self) -> dict[int, int]:
         """The new label of each label of masks that is mapped to another one."""
         return {} if self.map_labels is None else parse_label_map(self.map_labels)
@@ -429,6 +443,8 @@ class RecordConfig:
         """
         if shape is None and self.channels is not None:
             return (None, None, None, self.num_channels)
+        if shape is None and self.clip_frames > 1:
+            return (None, None, None, self.clip_frames)
         if shape is None and self.frames != "all":
             # Of mixed shapes the reader knows no more than the one channel of 3-D volumes.
             return (None, None, None)

@@ -168,7 +168,8 @@ def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) 
     try:
         content = read_failures_list(output, file, info.num_failures)
         failures = read_manifest(path, columns, content=content, is_list=True)
-        failed = failed_frames(failures, info.num_frames) if info.num_frames else []
+        clip = info.record_config.clip_frames
+        failed = failed_frames(failures, info.num_frames, clip) if info.num_frames else []
     except (ManifestError, OSError) as e:
         if may_pass(e):
             raise
@@ -321,7 +322,8 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "" if number else "withdrawn", withdrawal_text(withdrawal)
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
     up_to = "up to " if config.get("max_frames") else ""
-    of_frames = f" of {up_to}{manifest['num_frames']} frames" if "num_frames" in manifest else ""
+    what = "clips" if ":" in (config.get("frames") or "") else "frames"
+    of_frames = f" of {up_to}{manifest['num_frames']} {what}" if "num_frames" in manifest else ""
     yield "manifest", f"{manifest['path']}  ({counted(manifest['num_rows'], 'row')}{of_frames}{anonymous})"
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
 

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import Columns, RecordConfig
+from beam_nifti.config import MOST_FRAMES, Columns, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.inspection.rebuilding import require_functions, require_same_content
 from beam_nifti.manifest.manifest import VolumeRow
@@ -30,7 +30,7 @@ from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, size_text
 from beam_nifti.volume.preprocess import prepare_volume
-from beam_nifti.volume.volume import Volume, load_volume, rescale_volume
+from beam_nifti.volume.volume import Volume, load_frames, load_volume, rescale_volume
 
 Path: TypeAlias = "str | os.PathLike[str]"
 
@@ -169,8 +169,8 @@ class Preparation:
                 several images.
             mask: path or URL of a label map, if the dataset has masks. It is required only where the options
                 of the dataset use it.
-            frame: number from 0 of the frame to prepare; required if each frame became a record of the
-                dataset.
+            frame: number from 0 of the frame to prepare, or of the first frame of the clip; required if each
+                frame, or each clip of frames, became a record of the dataset.
 
         Returns:
             What a record of this dataset would hold.
@@ -186,7 +186,13 @@ class Preparation:
         config = self._config_for(mask, frame)
         with naming_parameters():
             shape = config.required_shape(None) if self.info.shape is None else None
-            volume = prepare_volume(load_volume(row, shape=shape, record=config), config, shape, release=True)
+            if config.splits_frames:  # of clips
+                wanted = (read_integer("frame", frame),)
+                row = replace(row, num_frames=MOST_FRAMES, clip_frames=config.clip_frames, wanted=wanted)
+                volume = next(load_frames(row, shape=shape, record=config))
+            else:
+                volume = load_volume(row, shape=shape, record=config)
+            volume = prepare_volume(volume, config, shape, release=True)
             volume = rescale_volume(volume, config)
         if self.info.shape not in (None, volume.voxels.shape):
             raise VolumeError(
@@ -212,7 +218,7 @@ class Preparation:
 
     def _config_for(self, mask: Path | None, frame: SupportsIndex | None) -> RecordConfig:
         config = self.info.record_config
-        if config.frames == "each":
+        if config.splits_frames:
             if frame is None:
                 raise UsageError(
                     f"frame is missing: each record of {self.dataset} is a frame of an image; give its "
@@ -221,7 +227,16 @@ class Preparation:
             number = read_integer("frame", frame)
             if number < 0:
                 raise UsageError(f"frame is {number}; frames are numbered from 0")
-            config = replace(config, frames=str(number), max_frames=None)
+            if number % config.clip_frames:
+                raise UsageError(
+                    f"frame is {number}; clips of {config.clip_frames} begin with multiples of that"
+                )
+            is_clip = config.clip_frames > 1
+            config = replace(
+                config,
+                frames=config.frames if is_clip else str(number),
+                max_frames=MOST_FRAMES if is_clip else None,
+            )
         elif frame is not None:
             raise UsageError(
                 f"frame is {frame}, but the records of {self.dataset} are not single frames; drop it"

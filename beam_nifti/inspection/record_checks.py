@@ -10,10 +10,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import VOXEL_DTYPES, LabelColumn, RecordConfig
+from beam_nifti.config import MOST_FRAMES, VOXEL_DTYPES, LabelColumn, RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.manifest.labels import LabelValue, label_of, number_of
-from beam_nifti.manifest.manifest import VolumeRow
+from beam_nifti.manifest.manifest import VolumeRow, frame_id
 from beam_nifti.manifest.redaction import redacting
 from beam_nifti.record.agreement import as_list, compared_columns, find_disagreements, show
 from beam_nifti.record.dataset_info import DatasetInfo
@@ -38,7 +38,7 @@ from beam_nifti.volume.intensity import stored_range
 from beam_nifti.volume.label_map import labels_of, positions_of
 from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.rescale import Intensity, RescaleRange, float_limits
-from beam_nifti.volume.volume import load_volume, rescale_volume
+from beam_nifti.volume.volume import Volume, load_frames, load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
 _SCALING: Final = frozenset(SCALING_FEATURES)  # features of native voxels with a scaling
@@ -291,11 +291,9 @@ def check_source(
         OSError: the disk, the network or a store failed, which does not concern the record.
     """
     row = replace(row, labels=_labels_in(cells, config.labels or ()))
-    if config.frames == "each":
-        config = replace(config, frames=str(cells["frame"]), max_frames=None)
     try:
         with redacting(row, folder):
-            volume = load_volume(row, folder, record=config)
+            volume = _load_example(row, folder, cells, config)
             volume = rescale_volume(prepare_volume(volume, config, release=True), config)
     except VolumeError as e:
         yield f"cannot be rebuilt: {e}"
@@ -342,6 +340,22 @@ def check_source(
     for name, has in (("source_shape", volume.source.shape), ("source_affine", volume.source.affine)):
         if not np.array_equal(cells[name], has, equal_nan=True):
             yield f"the index has {name} {show(cells[name])}, but its image has {show(has)}; {_REMAKE}"
+
+
+def _load_example(row: VolumeRow, folder: str, cells: Mapping[str, Any], config: RecordConfig) -> Volume:
+    """The volume of a record, whose row has its id, by its row of the index."""
+    if not config.splits_frames:
+        return load_volume(row, folder, record=config)
+    frame = cells["frame"]
+    if config.clip_frames == 1:  # without the other frames
+        return load_volume(row, folder, record=replace(config, frames=str(frame), max_frames=None))
+    image_id = row.example_id.removesuffix(frame_id("", frame))
+    wanted = replace(
+        row, example_id=image_id, num_frames=MOST_FRAMES, clip_frames=config.clip_frames, wanted=(frame,)
+    )
+    for volume in load_frames(wanted, folder, record=replace(config, max_frames=MOST_FRAMES)):
+        return replace(volume, config=config)
+    raise VolumeError(f"{row.path}: has no frame {frame}")
 
 
 def _same(one: Features, other: Features, name: str) -> bool:

@@ -43,7 +43,7 @@ def check_info(info: DatasetInfo) -> Iterator[str]:
     wanted = ((num_rows or 0) - info.num_skipped) * (num_frames or 1)
     most, found = wanted, info.num_examples + info.num_failures
     if record.max_frames is not None:  # of which images may have fewer
-        wanted = wanted // record.max_frames
+        wanted //= num_frames or 1
     if not wanted <= found <= most:
         up_to = "up to " if record.max_frames is not None else ""
         of_frames = f" of {up_to}{num_frames} frames" if num_frames else ""

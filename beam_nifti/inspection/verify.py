@@ -408,12 +408,16 @@ class _Verifier:
 
     def _frames_of_rows(self, numbers: Sequence[int], num_frames: int) -> list[Sequence[int]]:
         """The frames of the image of each row that must be records or failures."""
+        clip, most = self._spec.config.clip_frames, num_frames * self._spec.config.clip_frames
         if self._spec.config.max_frames is None:
-            return [range(num_frames)] * len(numbers)
-        lengths = {n: min(length, num_frames) for each in self._passes for n, length in each.lengths.items()}
+            return [range(0, most, clip)] * len(numbers)
+        lengths = {n: min(length, most) for each in self._passes for n, length in each.lengths.items()}
         # Of an image without a record, the failures tell; without these, its first frame is missing.
         failed = {number: frames for _, number, frames in self._failed_rows}
-        return [range(lengths[n]) if n in lengths else failed.get(n, range(1)) for n in numbers]
+        return [
+            range(0, lengths[n] - clip + 1, clip) if n in lengths else failed.get(n, range(1))
+            for n in numbers
+        ]
 
     def _check_positions(self, failures: pa.Table) -> Iterator[str]:
         """Every split is cut into shards as config.sharding says, if its list of failures tells its rows."""
@@ -461,7 +465,7 @@ class _Verifier:
             found = failure_rows(listed, self._spec.config, [*self._cells], self._wanted, folder)
             self._people = pc.unique(people_of(listed)).to_pylist()
             if frames:
-                failed = failed_frames(listed, frames)
+                failed = failed_frames(listed, frames, self._spec.config.clip_frames)
                 texts = listed.table["row"].to_pylist() if "row" in listed.table.column_names else []
                 numbers = (int(text) if _ROW.fullmatch(text) else 0 for text in texts)
                 self._failed_rows = list(zip(listed.splits.to_pylist(), numbers, failed, strict=False))

@@ -43,13 +43,14 @@ class VolumeRow:
             mask that is empty because there is none.
         pseudonyms: pseudonym of each of its paths, if ids are anonymous.
         labels: name and value of each label with a feature of its own.
-        num_frames: frames of the image, if each becomes a record; otherwise None.
-        wanted: 0-based frames whose records are still to be built; None for all.
-        frame: frame of the record; None if the record is not a frame.
+        num_frames: frames of the image, or clips of frames, if each becomes a record; otherwise None.
+        wanted: 0-based frames, or first frames of clips, whose records are still to be built; None for all.
+        frame: frame of the record, or first frame of its clip; None if the record is the whole image.
         names: its ids with their pseudonyms, if ids are anonymous.
         version_key: `Pseudonyms.version_key`; "" if ids are not anonymous.
         extra_columns: names of `extras`; empty in a build, whose plan has them.
         columns: roles of the manifest's columns; None in a build, whose plan has them.
+        clip_frames: frames of a record, if frames become records.
     """
 
     row: int
@@ -73,6 +74,7 @@ class VolumeRow:
     version_key: str = ""
     extra_columns: tuple[str, ...] = ()
     columns: Columns | None = None
+    clip_frames: int = 1
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -98,16 +100,21 @@ class VolumeRow:
 
     @property
     def frames(self) -> Sequence[int]:
-        """Frames whose records are still to be built; 0 if the image is one record."""
-        return range(self.num_frames or 1) if self.wanted is None else self.wanted
+        """Frames, or first frames of clips, of records that are still to be built; 0 for a whole image."""
+        step = self.clip_frames
+        return range(0, (self.num_frames or 1) * step, step) if self.wanted is None else self.wanted
+
+    def position_of(self, frame: int) -> int:
+        """Position, in its split, of the record of a frame, or of a clip that begins with it."""
+        return self.position + frame // self.clip_frames
 
     @property
     def positions(self) -> list[int]:
         """Positions, in their split, of the records that are still to be built."""
-        return [self.position + frame for frame in self.frames]
+        return list(map(self.position_of, self.frames))
 
     def of_frame(self, frame: int) -> VolumeRow:
-        """The row of one frame's record.
+        """The row of the record of one frame, or of the clip that begins with it.
 
         >>> VolumeRow(1, "sub-01", "bold.nii", position=20, num_frames=10).of_frame(3).example_id
         'sub-01_frame-0003'
@@ -115,7 +122,7 @@ class VolumeRow:
         return dataclasses.replace(
             self,
             example_id=frame_id(self.example_id, frame),
-            position=self.position + frame,
+            position=self.position_of(frame),
             num_frames=None,
             wanted=None,
             frame=frame,
@@ -223,6 +230,7 @@ class Manifest:
         shard: str = "",
         unit: int = 0,
         num_frames: int | None = None,
+        clip_frames: int = 1,
     ) -> list[VolumeRow]:
         """The rows at `indices`, whose records have consecutive positions of their split."""
         take = pa.array(indices, pa.int64())
@@ -268,6 +276,7 @@ class Manifest:
                 num_frames=num_frames,
                 names=names[i],
                 version_key=self.version_key,
+                clip_frames=clip_frames,
             )
             for i, index in enumerate(indices)
         ]

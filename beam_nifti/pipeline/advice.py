@@ -165,7 +165,7 @@ def _made_of(kind: ImageKind, record: RecordConfig) -> _Made:
                 return f"would shrink from {size_text(unspaced)} to {size_text(spaced)} voxels"
     except VolumeError as e:
         return f"would fail: {str(e).removeprefix(': ')}"
-    frames = header.num_frames if record.frames == "each" else None
+    frames = header.num_frames // record.clip_frames if record.splits_frames else None
     return layout.stored_shape, kind.dtype_name if record.voxel_dtype == "native" else None, frames
 
 

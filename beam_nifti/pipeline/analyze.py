@@ -67,11 +67,12 @@ class CutRows(beam.DoFn):
         manifest = read_build_manifest(path, plan.config)
         if manifest.digest() != plan.digest:
             raise ManifestChangedError(path, ["changed since it was read; start again"])
+        clip = plan.config.record.clip_frames
         for split in self._plan.splits:
             indices = manifest.row_numbers(split).tolist()
             for start in range(0, len(indices), self._plan.unit_rows):
                 some = indices[start : start + self._plan.unit_rows]
-                yield tuple(manifest.rows(some, num_frames=plan.num_frames))
+                yield tuple(manifest.rows(some, num_frames=plan.num_frames, clip_frames=clip))
 
 
 class VolumeMeans(NamedTuple):

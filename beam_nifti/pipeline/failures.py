@@ -211,8 +211,10 @@ def listed_cells(listed: Manifest, column: str, manifest: Manifest, folder: str)
     return pc.if_else(as_listed, cells, relative)
 
 
-def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
+def failed_frames(listed: Manifest, num_frames: int, clip_frames: int = 1) -> list[Sequence[int]]:
     """Which frames of its image, which has `num_frames`, each line of a list of failures is about.
+
+    If they are clips, of `clip_frames`, the first frame of each.
 
     Raises:
         ManifestError: a cell is no list of frames, or there are too many.
@@ -221,8 +223,9 @@ def failed_frames(listed: Manifest, num_frames: int) -> list[Sequence[int]]:
     cells = listed.table["frames"].to_pylist() if has_frames else [""] * len(listed)
     if (total := sum(cell.count(",") + 1 if cell else num_frames for cell in cells)) > MAX_FAILED_FRAMES:
         raise ManifestError(listed.path, [f"lists {total} frames, more than {MAX_FAILED_FRAMES}"])
+    every = range(0, num_frames * clip_frames, clip_frames)
     try:
-        return [list(map(int, cell.split(","))) if cell else range(num_frames) for cell in cells]
+        return [list(map(int, cell.split(","))) if cell else every for cell in cells]
     except ValueError as e:
         raise ManifestError(listed.path, [f"column frames is not a list of numbers: {e}"]) from e
 
@@ -236,7 +239,8 @@ def check_failures(content: bytes, path: str, info: DatasetInfo) -> None:
     what = "frames" if info.num_frames else "lines"
     try:
         listed = read_manifest(path, Columns(**info.config["columns"]), content=content, is_list=True)
-        frames = failed_frames(listed, info.num_frames) if info.num_frames else ()
+        clip = info.record_config.clip_frames
+        frames = failed_frames(listed, info.num_frames, clip) if info.num_frames else ()
     except ManifestError as e:
         raise DatasetError(f"{path}: {'; '.join(e.problems)}; copy it again") from e
     if (count := sum(map(len, frames)) if info.num_frames else len(listed)) != info.num_failures:

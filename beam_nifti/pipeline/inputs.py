@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
-from beam_nifti.config import BuildConfig, RecordConfig, Sharding
+from beam_nifti.config import MOST_FRAMES, BuildConfig, RecordConfig, Sharding
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.manifest.redaction import redacting
@@ -17,7 +17,7 @@ from beam_nifti.storage import paths as storage
 from beam_nifti.volume.header import RecordLayout, VolumeHeader, record_layout
 from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.user_function import source_sha256
-from beam_nifti.volume.volume import load_header, load_volume
+from beam_nifti.volume.volume import load_frames, load_header, load_volume
 
 _IMAGES_TRIED: Final = 20
 """Images that are tried, in order, for the shape of the dataset."""
@@ -54,7 +54,8 @@ class Inputs:
         """`BuildPlan.num_frames`."""
         if self.layout.frame != "each":
             return None
-        return self.config.record.max_frames or self.header.num_frames
+        record = self.config.record
+        return (record.max_frames or self.header.num_frames) // record.clip_frames
 
     @property
     def itemsize(self) -> int:
@@ -175,8 +176,13 @@ def _prepared_shape(
     row: VolumeRow, layout: RecordLayout, manifest: Manifest, config: BuildConfig
 ) -> tuple[int, ...]:
     """The shape of a record that the header does not determine."""
-    of_one = (
-        replace(config.record, frames="first", max_frames=None) if layout.frame == "each" else config.record
-    )
-    volume = load_volume(row, manifest.folder, record=of_one)
+    record = config.record
+    if record.clip_frames > 1:
+        record = replace(record, max_frames=MOST_FRAMES)
+        first = replace(row, num_frames=MOST_FRAMES, clip_frames=record.clip_frames, wanted=(0,))
+        volume = next(load_frames(first, manifest.folder, record=record))
+    else:
+        if layout.frame == "each":
+            record = replace(record, frames="first", max_frames=None)
+        volume = load_volume(row, manifest.folder, record=record)
     return prepare_volume(volume, config.record, release=True).voxels.shape

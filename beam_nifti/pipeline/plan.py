@@ -96,7 +96,7 @@ class BuildPlan:
         source_dtype: dtype on disk of the first image, such as "int16" or "rgb24".
         loaded_dtype: dtype of its voxels as they are loaded.
         key_check, manifest_name, num_unlabelled, num_unmasked: as of `Manifest`.
-        num_frames: frames of the first image if each frame of an image becomes a record; else None.
+        num_frames: records per image if frames, or clips of them, become records; else None.
         digest: digest of the manifest's content.
         unit_rows: largest number of rows of a work unit.
         has_published: whether the output holds a dataset; `SavedPlan.published` names its shards.
@@ -314,14 +314,14 @@ class BuildPlan:
     ) -> Iterator[ShardTask | WorkUnit]:
         """Each shard's task, followed by its units; `published` is as of `tasks`."""
         indices = self.row_order(manifest, split)
-        frames = self.num_frames or 1
+        frames, clip = self.num_frames or 1, self.config.record.clip_frames
         for task in self.tasks(split, published):
             yield task
             units = self.unit_ranges(task.positions)
             for unit, positions in enumerate(units):
                 number = unit if len(units) > 1 else WHOLE_SHARD
                 images = indices[positions.start // frames : positions.stop // frames].tolist()
-                rows = manifest.rows(images, positions.start, str(task.name), number, self.num_frames)
+                rows = manifest.rows(images, positions.start, str(task.name), number, self.num_frames, clip)
                 yield WorkUnit(task, tuple(rows))
 
     def unit_ranges(self, positions: range) -> list[range]:

@@ -89,7 +89,9 @@ def find_finished(
             missing = [record for record in missing if record.position not in done]
             found.append(Found(usable, is_published))
     absent = [
-        r.position for r in missing if r.frame is not None and r.frame >= lengths.get(r.row, r.frame + 1)
+        record.position
+        for record in missing
+        if record.row in lengths and (record.frame or 0) + record.clip_frames > lengths[record.row]
     ]
     are_absent = set(absent)
     return found, [record for record in missing if record.position not in are_absent], absent
@@ -258,15 +260,16 @@ class UnfinishedBuild:
         Records of images that have changed since are not among them: they are to be rebuilt.
         """
         orders = {split: plan.row_order(manifest, split) for split in plan.split_sizes}
-        frames = plan.num_frames or 1
+        frames, clip = plan.num_frames or 1, plan.config.record.clip_frames
 
         def rows_at(split: str, positions: Iterable[int]) -> Iterator[VolumeRow]:
             order = orders.get(split, ())
             inside = sorted(p for p in positions if p < len(order) * frames)
             images = [int(order[p // frames]) for p in inside]
-            for position, row in zip(inside, manifest.rows(images, num_frames=plan.num_frames), strict=True):
+            rows = manifest.rows(images, num_frames=plan.num_frames, clip_frames=clip)
+            for position, row in zip(inside, rows, strict=True):
                 placed = replace(row, position=position - position % frames)
-                yield placed.of_frame(position % frames) if plan.num_frames else placed
+                yield placed.of_frame(position % frames * clip) if plan.num_frames else placed
 
         def not_usable(split: str, part: Part, positions: Collection[int]) -> Collection[int]:
             rows = list(rows_at(split, positions))

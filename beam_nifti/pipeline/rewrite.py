@@ -90,10 +90,14 @@ _SHOWN: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a record is: number of its shard, in the order of the dataset, and its number in the shard."""
+    """Where a record is: number of its shard, in the order of the dataset, and its number in the shard.
+
+    `num_frames` is that of its image, if images differ in it.
+    """
 
     shard: int
     ordinal: int
+    num_frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -202,22 +206,20 @@ class Rewrite:
     def _places(self) -> dict[str, _Place]:
         found = dict[str, _Place]()
         for number, shard in enumerate(self.info.shards):
-            table = read_shard_index(self.output, self.info, shard, ["example_id"])
+            names = ["example_id", "source_shape"] if self._may_lack_frames else ["example_id"]
+            table = read_shard_index(self.output, self.info, shard, names)
             ids = table["example_id"].to_pylist()
-            found |= {name: _Place(number, ordinal) for ordinal, name in enumerate(ids)}
+            shapes = table["source_shape"].to_pylist() if self._may_lack_frames else [()] * len(ids)
+            found |= {
+                name: _Place(number, ordinal, frames_of(shape))
+                for ordinal, (name, shape) in enumerate(zip(ids, shapes, strict=True))
+            }
         return found
 
-    @cached_property
-    def _lengths(self) -> dict[str, int]:
-        """Frames of each image that has a record, by its id, if images may have fewer than others."""
-        found = dict[str, int]()
-        if self.info.record_config.max_frames is not None:
-            for shard in self.info.shards:
-                columns = ["example_id", "frame", "source_shape"]
-                for cells in read_shard_index(self.output, self.info, shard, columns).to_pylist():
-                    image_id = cells["example_id"].removesuffix(frame_id("", cells["frame"]))
-                    found[image_id] = frames_of(cells["source_shape"])
-        return found
+    @property
+    def _may_lack_frames(self) -> bool:
+        """Whether images may have fewer frames than the dataset has positions for."""
+        return self.info.record_config.max_frames is not None
 
     @cached_property
     def _failed(self) -> dict[str, tuple[str, str, str, tuple[int, ...] | None]]:
@@ -237,7 +239,9 @@ class Rewrite:
         frames: Sequence[tuple[int, ...] | None] = [None] * len(listed)
         if info.num_frames and "frames" in listed.table.column_names:
             of_lines = zip(
-                listed.table["frames"].to_pylist(), failed_frames(listed, info.num_frames), strict=True
+                listed.table["frames"].to_pylist(),
+                failed_frames(listed, info.num_frames, info.record_config.clip_frames),
+                strict=True,
             )
             frames = [tuple(numbers) if cell else None for cell, numbers in of_lines]
         prefix = ""
@@ -272,15 +276,28 @@ class Rewrite:
             for name, positions in zip(names[split], plan.shard_ranges(split), strict=True):
                 images = order[positions.start // frames : positions.stop // frames].tolist()
                 records, places = list[VolumeRow](), list[_Place]()
-                for row in self.manifest.rows(images, positions.start, str(name), 0, plan.num_frames):
-                    expected = row.records()[: self._lengths.get(row.example_id)]
-                    missing = [each for each in expected if each.example_id not in self._places]
-                    found = [each for each in expected if each.example_id in self._places]
+                clip = plan.config.record.clip_frames
+                for row in self.manifest.rows(images, positions.start, str(name), 0, plan.num_frames, clip):
+                    missing = [each for each in row.records() if each.example_id not in self._places]
+                    found = [each for each in row.records() if each.example_id in self._places]
                     records += found
                     places += (self._places[each.example_id] for each in found)
-                    if missing:
+                    if missing := list(self._existing(row, found, missing)):
                         failures.append(self._failure_of(row, [each.frame for each in missing]))
                 yield _NewShard(split, name, tuple(records), tuple(places))
+
+    def _existing(
+        self, row: VolumeRow, found: Sequence[VolumeRow], missing: Sequence[VolumeRow]
+    ) -> Sequence[VolumeRow]:
+        """Those of the missing records of a row whose frames its image has."""
+        if not self._may_lack_frames:
+            return missing
+        if found:
+            num_frames = self._places[found[0].example_id].num_frames
+            return [each for each in missing if (each.frame or 0) + row.clip_frames <= num_frames]
+        known = self._failed.get(row.example_id)
+        wanted = known[3] if known else None
+        return [each for each in missing if wanted is None or each.frame in wanted]
 
     def require_all(self) -> None:
         """Refuse a manifest that lacks images of the dataset.

@@ -152,7 +152,7 @@ class LoadVolumeFn(beam.DoFn):
         _require_columns(row, self._config)
         arguments = row, self._folder, self._shape, self._dtype, self._config
         with timed(self._msec):
-            is_split = self._config.frames == "each"
+            is_split = self._config.splits_frames
             volumes = load_frames(*arguments) if is_split else iter([load_volume(*arguments)])
             volume = next(volumes)
         absent = _absent_positions(row, volume)
@@ -169,7 +169,7 @@ def _absent_positions(row: VolumeRow, volume: Volume) -> tuple[int, ...]:
     if row.num_frames is None:
         return ()
     num_frames = frames_of(volume.source.shape)
-    return tuple(row.position + frame for frame in row.frames if frame >= num_frames)
+    return tuple(row.position_of(f) for f in row.frames if f + row.clip_frames > num_frames)
 
 
 def _require_columns(row: VolumeRow, config: RecordConfig) -> None:
@@ -236,7 +236,10 @@ class PreprocessFn(_VolumeFn):
         with timed(self._msec):
             volume = self._checked(volume)
             config = _joined(volume.config, self._config, _PREPARED)
+            earlier = volume.config.nonfinite if volume.config else None
             prepared = prepare_volume(volume, config, self._shape, release=self._release)
+            if config.nonfinite is None and earlier is not None:  # LoadVolume has replaced them
+                prepared = replace(prepared, config=replace(config, nonfinite=earlier))
         yield prepared
 
 
@@ -345,10 +348,12 @@ class GuardedFn(beam.DoFn):
             del result
 
 
-def guarded(step: beam.DoFn, output: Any, folder: str = "", *, release: bool = False) -> Any:
-    """A step with two outputs: `main`, of type `output`, and FAILURES, of (shard, Failure or Absence)."""
+def guarded(
+    step: beam.DoFn, output: Any, folder: str = "", *, release: bool = False, failure: Any = Failure
+) -> Any:
+    """A step with two outputs: `main`, of type `output`, and FAILURES, of (shard, `failure`)."""
     pardo = beam.ParDo(GuardedFn(step, folder, release=release))
-    typed = pardo.with_output_types(output, **{FAILURES: tuple[str, Failure | Absence]})
+    typed = pardo.with_output_types(output, **{FAILURES: tuple[str, failure]})
     return typed.with_outputs(FAILURES, main="main")
 
 
@@ -487,10 +492,10 @@ class LoadVolume(_Step):
         mask_dtype: dtype of the label map that is each row's last file, as named by `Columns.mask`; None if
             rows have none.
         map_labels: labels of masks that become others, as in `BuildOptions`.
+        nonfinite: what becomes of NaN and infinite voxels, as in `BuildOptions`; None leaves them. With
+            `align`, give it here and not to `Preprocess`, because they would spread to their neighbours.
         align: "first" brings other images and masks to the voxel grid of the first image, as in
             `BuildOptions`; None refuses other grids.
-        nonfinite: what becomes of NaN and infinite voxels before that, as in `BuildOptions`. Without `align`,
-            give it to `Preprocess`.
         interpolation: how values between voxel centres are computed for that, as in `BuildOptions`.
         mask_interpolation: how labels between voxel centres are chosen for that, as in `BuildOptions`.
         antialias: whether images are smoothed for that, as in `BuildOptions`.
@@ -510,8 +515,8 @@ class LoadVolume(_Step):
         channels: Names | None = None,
         mask_dtype: str | None = None,
         map_labels: str | Mapping[Any, SupportsIndex] | None = None,
-        align: str | None = None,
         nonfinite: Rule | None = None,
+        align: str | None = None,
         interpolation: str | None = None,
         mask_interpolation: str | None = None,
         antialias: bool | None = None,
@@ -523,8 +528,8 @@ class LoadVolume(_Step):
             "path_column": channels,
             "mask_dtype": mask_dtype,
             "map_labels": map_labels,
-            "align": align,
             "nonfinite": nonfinite,
+            "align": align,
             "interpolation": interpolation,
             "mask_interpolation": mask_interpolation,
             "antialias": antialias,
@@ -533,14 +538,10 @@ class LoadVolume(_Step):
             config = make_record_config(given)
         if config.map_labels is not None and config.mask_dtype is None:
             raise UsageError("map_labels maps labels of masks; give mask_dtype too, or drop it")
-        if config.nonfinite is not None and config.align is None:
+        if config.splits_frames:
             raise UsageError(
-                f"nonfinite is {config.nonfinite!r}, but no image is aligned; give it to Preprocess instead"
-            )
-        if config.frames == "each":
-            raise UsageError(
-                "frames is 'each', which makes several records per row, and only a build can number them; "
-                "choose 'all', 'first', 'mean' or a number, or use beam-nifti build"
+                f"frames is {config.frames!r}, which makes several records per row, and only a build can "
+                "number them; choose 'all', 'first', 'mean' or a number, or use beam-nifti build"
             )
         self._step = LoadVolumeFn(config=config)
 

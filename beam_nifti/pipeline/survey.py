@@ -160,7 +160,7 @@ def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeade
     if build is None:
         return load_header(row, folder, record)
     header = load_header(row, folder, record, build.required_shape, build.required_dtype)
-    if record.frames == "each":
+    if record.splits_frames:
         require_frames(row.path, header, build.num_frames, record)
     return header
 
@@ -174,7 +174,7 @@ def _count_records(found: Tally, header: VolumeHeader, layout: RecordLayout, rec
         found.frames[str(header.num_frames)] = 1
     if found.bad.num:
         return
-    found.num_examples = header.num_frames if layout.frame == "each" else 1
+    found.num_examples = header.num_frames // record.clip_frames if layout.frame == "each" else 1
     each = record_bytes(voxels, itemsize, record)
     found.record_bytes = found.num_examples * each
     on_disk = header.num_bytes * record.num_channels

@@ -290,7 +290,8 @@ class BuildDataset(beam.PTransform[Any, Any]):
         loaded = (
             units.units
             | "UnpackRows" >> beam.FlatMap(_rows_of).with_output_types(VolumeRow)  # VolumeRow
-            | "LoadVolume" >> guarded(loading, Volume, folder, release=True)  # Volume
+            | "LoadVolume"
+            >> guarded(loading, Volume, folder, release=True, failure=Failure | Absence)  # Volume
         )
         steps, volumes = [loaded], loaded.main
         if config.record.prepares:

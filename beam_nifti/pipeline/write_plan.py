@@ -118,7 +118,8 @@ class WritePlan:
             compression=self.target.config.record.compression,
             compression_level=self.target.config.record.compression_level,
             labels=None,
-            frames=None if made.frames == "each" else made.frames,
+            frames=("all" if made.clip_frames > 1 else None) if made.splits_frames else made.frames,
+            max_frames=None,
             format_version=FORMAT_VERSION,
             format_features=FORMAT_FEATURES,
         )

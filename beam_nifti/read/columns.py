@@ -181,6 +181,8 @@ def channels_of(info: DatasetInfo) -> int | None:
         return (*info.shape, 1)[3]
     if info.config.get("channels"):
         return len(info.config["channels"])
+    if info.record_config.clip_frames > 1:
+        return info.record_config.clip_frames
     # If shapes differ, a build accepts only 3-D images, unless `frames` is "all".
     return None if info.config.get("frames") == "all" else 1
 

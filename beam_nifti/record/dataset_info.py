@@ -489,9 +489,9 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
         raise ValueError("features has no image_raw")
     num_frames = info.manifest.get("num_frames")
     is_count = num_frames is None or 0 < num_frames < 1 << 31
-    if (num_frames is not None) != (record.frames == "each") or not is_count:
+    if (num_frames is not None) != record.splits_frames or not is_count:
         raise ValueError(f"manifest.num_frames is {num_frames}, but config.frames is {record.frames!r}")
-    if record.max_frames not in (None, num_frames):
+    if record.max_frames is not None and record.max_frames // record.clip_frames != num_frames:
         raise ValueError(f"manifest.num_frames is {num_frames}, but config.max_frames is {record.max_frames}")
     if not 1 <= info.revision <= LAST_REVISION:
         raise ValueError(f"revision is {info.revision}, expected 1 to {LAST_REVISION}")

@@ -365,7 +365,7 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
     fields += _MASK_SCHEMA if record.mask_dtype else ()
     fields += _POSITIONS_SCHEMA if record.has_positions else ()
     fields += _MAPPED_SCHEMA if record.map_labels is not None else ()
-    fields += _FRAME_SCHEMA if record.frames == "each" else ()
+    fields += _FRAME_SCHEMA if record.splits_frames else ()
     return pa.schema([*fields, *((extra_column(c), pa.string()) for c in extra_columns)])
 
 

@@ -164,7 +164,7 @@ def record_layout(name: str, header: VolumeHeader, record: RecordConfig) -> Reco
 
 
 def _numbers_of_voxel(header: VolumeHeader, record: RecordConfig, frame: int | str | None) -> Iterator[int]:
-    yield header.num_frames if frame is None else 1
+    yield header.num_frames if frame is None else record.clip_frames if frame == "each" else 1
     yield header.num_components
     yield header.num_colours
     yield 2 if header.is_complex and record.complex == "real-imag" else 1
@@ -195,7 +195,14 @@ def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int 
         return None
     if frames == "all" or (count == 1 and frames in ("first", "mean")):
         return None
-    if frames in ("each", "mean"):
+    if record.splits_frames:
+        if count < record.clip_frames:
+            raise VolumeError(
+                f"{name}: number of frames is {count}, fewer than those of a clip of --frames {frames}; use "
+                "shorter clips, or leave the image out"
+            )
+        return "each"
+    if frames == "mean":
         return frames
     number = 0 if frames == "first" else int(frames)
     if number >= count:
@@ -271,9 +278,16 @@ def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, .
 def require_frames(name: str, header: VolumeHeader, num_frames: int | None, record: RecordConfig) -> None:
     """Refuse an image that does not have the number of frames of the dataset's first image, or has too many.
 
-    With `RecordConfig.max_frames`, `num_frames` is the most that it may have.
+    With `RecordConfig.max_frames`, it may have fewer. Of clips, `num_frames` is their number.
     """
-    if record.max_frames is None and header.num_frames != num_frames:
+    clip = record.clip_frames
+    if record.max_frames is None and clip > 1 and header.num_frames // clip != num_frames:
+        raise VolumeError(
+            f"{name}: number of frames is {header.num_frames}, which does not give {num_frames} clips of "
+            f"{clip}, as the first image does; use --max-frames with the largest number, or build the others "
+            "into another dataset"
+        )
+    if clip == 1 and record.max_frames is None and header.num_frames != num_frames:
         raise VolumeError(
             f"{name}: number of frames is {header.num_frames}, but the first image has {num_frames}, and "
             "--frames each requires the same number of frames in every image; use --max-frames with the "

@@ -18,6 +18,7 @@ TEXTS: Final = {
     ),
     "units-converted": "the header's spatial unit is not mm; affine and voxel sizes are converted to mm",
     "units-unknown": "the header's spatial unit is not known; mm is assumed",
+    "frames-dropped": "the last frames are too few for a clip of --frames each:N, and are dropped",
     "labels-lost-to-crop": (
         "--crop-foreground cut off labelled voxels of the mask; to keep them, use --crop-foreground mask"
     ),

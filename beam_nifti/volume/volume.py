@@ -47,7 +47,7 @@ from beam_nifti.volume.rescale import (
     measure,
     require_range,
 )
-from beam_nifti.volume.voxels import cut_frame, take_voxels
+from beam_nifti.volume.voxels import cut_clip, cut_frame, take_voxels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,16 +139,27 @@ def load_volume(
             voxels = take_voxels(image, layout, record.complex)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling
-        num_replaced = 0
-        if record.align is not None and record.nonfinite is not None:  # or an interpolation would spread them
-            voxels, scaling, num_replaced = _make_finite(path, voxels, scaling, record)
+        count = 0
+        if record.nonfinite is not None:  # here, as an image may be interpolated onto the first one's grid
+            voxels, scaling, count = _make_finite(path, voxels, scaling, record)
         if images:
             voxels, scaling = _bring_onto(images[0].header, voxels, scaling, header, record)
-        images.append(_LoadedImage(header, voxels, scaling, image.stats, num_replaced=num_replaced))
+        images.append(_LoadedImage(header, voxels, scaling, image.stats, num_nonfinite=count))
     first = images[0]
     mask = _load_mask(row, folder, record, first.header)
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
     return _assemble(row, images, mask, voxels, scaling, record)
+
+
+def _make_finite(
+    path: str, voxels: Voxels, scaling: Scaling, record: RecordConfig
+) -> tuple[Voxels, Scaling, int]:
+    is_native = record.voxel_dtype == "native"
+    try:
+        made, now, (count,) = replace_nonfinite(voxels, scaling, record.nonfinite or "", is_native=is_native)
+    except VolumeError as e:
+        raise VolumeError(f"{path}: {e}") from e
+    return made, now, count
 
 
 def load_frames(
@@ -173,12 +184,31 @@ def load_frames(
     scaling = Scaling() if header.is_complex else header.scaling
     loaded = _LoadedImage(header, np.empty(0), scaling, image.stats)
 
-    def of_frame(frame: int) -> Volume:
-        voxels = cut_frame(content, frame, header, layout, record.complex)
-        return _assemble(row.of_frame(frame), [loaded], mask, voxels, scaling, record)
+    clip = record.clip_frames
+    last = header.num_frames // clip * clip - clip
 
-    frames = [frame for frame in row.frames if frame < header.num_frames]
+    def of_frame(frame: int) -> Volume:
+        cut = cut_frame if clip == 1 else cut_clip
+        voxels = cut(content, frame, header, layout, record.complex)
+        volume = _assemble(row.of_frame(frame), [loaded], mask, voxels, scaling, record)
+        # One example of the image has the note, so that images are counted.
+        notes = _notes_of_frames(header, record) if frame == last else ()
+        return replace(volume, notes=join_notes([volume.notes, notes]))
+
+    frames = [frame for frame in row.frames if frame <= last]
+    if not frames:
+        which = (
+            f"frame {row.frames[0]}" if clip == 1 else f"frames {row.frames[0]} to {row.frames[0] + clip - 1}"
+        )
+        raise VolumeError(
+            f"{row.path}: no {which}: number of frames is {header.num_frames}; choose others, or build with "
+            "--recheck if the image had more before"
+        )
     return map(of_frame, frames)  # unlike a generator, it keeps no frame that it has returned
+
+
+def _notes_of_frames(header: VolumeHeader, record: RecordConfig) -> tuple[str, ...]:
+    return ("frames-dropped",) if header.num_frames % record.clip_frames else ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,20 +220,7 @@ class _LoadedImage:
     scaling: Scaling
     stats: FileStats
     mapped: tuple[int, ...] = ()
-    num_replaced: int = 0
-
-
-def _make_finite(
-    path: str, voxels: Voxels, scaling: Scaling, record: RecordConfig
-) -> tuple[Voxels, Scaling, int]:
-    """The voxels of an image without NaN and infinity, their scaling, and how many were replaced."""
-    is_native = record.voxel_dtype == "native"
-    try:
-        found = replace_nonfinite(voxels, scaling, record.nonfinite or "", is_native=is_native)
-    except VolumeError as e:
-        raise VolumeError(f"{path}: {e}") from e
-    finite, scaling, (num_replaced,) = found
-    return finite, scaling, num_replaced
+    num_nonfinite: int = 0
 
 
 def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
@@ -244,7 +261,7 @@ def _assemble(
         source=Source(stats, header.shape, affine),
         mask=mask.voxels if mask else None,
         mapped_labels=mask.mapped if mask and record.map_labels is not None else None,
-        num_nonfinite=tuple(i.num_replaced for i in images) if any(i.num_replaced for i in images) else (),
+        num_nonfinite=() if record.nonfinite is None else tuple(image.num_nonfinite for image in images),
         notes=join_notes(file.header.notes for file in files),
         config=record,
     )
@@ -366,7 +383,8 @@ def load_header(
     if not is_any:
         images = headers[: record.num_channels]
         _require_alike(row, {(h.dtype.newbyteorder("="), h.scaling) for h in images}, record)
-    return replace(headers[0], notes=join_notes(header.notes for header in headers))
+    of_frames = () if is_any else _notes_of_frames(headers[0], record)
+    return replace(headers[0], notes=join_notes([*(header.notes for header in headers), of_frames]))
 
 
 def read_grid(path: str) -> Grid:

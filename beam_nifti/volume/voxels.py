@@ -41,7 +41,10 @@ def take_voxels(image: Image, layout: RecordLayout, complex_part: str | None = N
     out = np.zeros(layout.shape, layout.dtype)
     for number, content in contents:
         target = out[..., number // frames] if components > 1 else out
-        target += _arrange(content, header, (), layout, part)
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # of infinite voxels, which are refused or replaced
+            target += _arrange(content, header, (), layout, part)
     out /= frames
     return out if header.is_complex else header.scaling.apply(out)
 
@@ -54,6 +57,16 @@ def cut_frame(
     starts = range(frame * size, len(content), header.num_frames * size)
     components = (content[start : start + size] for start in starts)
     return _join_components(components, header, layout, _PARTS.get(complex_part))
+
+
+def cut_clip(
+    content: memoryview, first: int, header: VolumeHeader, layout: RecordLayout, complex_part: str | None
+) -> Voxels:
+    """Consecutive frames as channels, as many as the layout has, from the first one; as `cut_frame`."""
+    clip = np.empty(layout.shape, layout.dtype)
+    for number in range(layout.shape[3]):
+        clip[..., number] = cut_frame(content, first + number, header, layout, complex_part)
+    return clip
 
 
 def _join_components(

@@ -239,7 +239,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("rescale", Window(0, float("inf")), "write it as window:LO,HI, with finite numbers"),
     ("rescale_within", ("above", None), "--rescale-within is ('above', None); choose one of: nonzero, "),
     ("crop_foreground", True, "--crop-foreground is True; choose one of: nonzero, above:T, mask"),
-    ("frames", True, "--frames is True; choose one of: all, each, first, mean, INDEX (from 0)"),
+    ("frames", True, "--frames is True; choose one of: all, each, each:N, first, mean, INDEX (from 0)"),
     ("frames", 1.5, "--frames is 1.5; choose one of"),
     ("frames", -1, "--frames is '-1'; choose one of"),
     ("voxel_dtype", np.float32, "; choose one of: float32, float16, bfloat16, uint8, native"),

@@ -11,14 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from beam_nifti.config import BuildConfig, RecordConfig
-from beam_nifti.errors import DatasetError, OutputError, TooManyFailures, UsageError
+from beam_nifti.errors import DatasetError, OutputError, TooManyFailures, UsageError, VolumeError
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.pipeline.build import plan_build
 from beam_nifti.pipeline.configure import make_config
 from beam_nifti.random_access import Dataset
+from beam_nifti.volume.volume import load_frames
 from tests.build_helpers import CUTTING_RUNNER, Built, assert_complete, build, build_apart
 from tests.datasets import edit_index, edit_info, failures_of, index_rows, info_of, records_of
-from tests.images import random_voxels, write_image, write_manifest
+from tests.images import random_voxels, row_of, write_image, write_manifest
 from tests.volume.test_each_frame import write_frames
 
 GRID = (6, 5, 4)
@@ -137,6 +138,15 @@ def test_a_frame_that_fails(tmp_path: Path) -> None:
     assert build_runs(manifest, output, max_bad_fraction=0.2).read == {"0.nii.gz"}
     with pytest.raises(TooManyFailures, match="1 of 5 volumes failed"):
         build_runs(manifest, tmp_path / "strict")
+
+
+def test_frames_that_are_gone_are_a_failure(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.nii", random_voxels((*GRID, 3)))
+    row = row_of(path, num_frames=MOST, wanted=(3,))
+    with pytest.raises(
+        VolumeError, match="no frame 3: number of frames is 3; choose others, or build with --recheck"
+    ):
+        load_frames(row, record=RecordConfig(frames="each", max_frames=MOST))
 
 
 def test_an_interrupted_build_continues(runs: Path, reference: Path, tmp_path: Path) -> None:

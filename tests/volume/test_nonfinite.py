@@ -100,6 +100,25 @@ def test_every_value_is_that_of_the_oracle(voxels: Array, scaling: Scaling, rule
     assert made.flags.c_contiguous
 
 
+@pytest.mark.parametrize("shift", [[0.5, 0, 0], [0.3, 1.1, 0.4]])
+def test_an_image_is_finite_before_it_is_aligned(tmp_path: Path, shift: list[float]) -> None:
+    """The oracle is the dataset of the image that was repaired beforehand."""
+    affine = AFFINE.copy()
+    affine[:3, 3] += shift
+    write_image(tmp_path / "a.nii", brain(SHAPE))
+    write_image(tmp_path / "b.nii", holed(), affine=affine)
+    write_image(tmp_path / "c.nii", replaced(holed(), "min").astype(np.float32), affine=affine)
+    record = RecordConfig(align="first", channels=("a", "b"), nonfinite="min")
+    loaded = [
+        load_volume(row_of("a.nii", other_files=(other,)), str(tmp_path), record=record)
+        for other in ("b.nii", "c.nii")
+    ]
+    assert np.array_equal(loaded[0].voxels, loaded[1].voxels)
+    made, wanted = (prepare_volume(volume, record) for volume in loaded)
+    assert np.array_equal(made.voxels, wanted.voxels)
+    assert (made.num_nonfinite, wanted.num_nonfinite) == ((0, 7), (0, 0))
+
+
 def test_each_channel_has_its_own_minimum() -> None:
     images = [holed(1), holed(2), brain(SHAPE, 3).astype(np.float32)]
     made, _, counts = replace_nonfinite(np.stack(images, -1), Scaling(), "min", ["a", "b", "c"])
@@ -250,6 +269,16 @@ def test_frames_and_channels(tmp_path: Path) -> None:
     assert verify_dataset(str(tmp_path / "two"), manifest=str(manifest), deep=ALL).ok
 
 
+def test_the_mean_of_infinite_frames_is_replaced(tmp_path: Path) -> None:
+    frames = np.stack([brain(SHAPE, i).astype(np.float32) for i in range(2)], -1)
+    frames[0, 0, 0], frames[1, 1, 1, 0] = [np.inf, -np.inf], np.nan
+    write_image(tmp_path / "run.nii", frames)
+    record = RecordConfig(frames="mean", nonfinite="value:-1")
+    mean = prepare_volume(load_volume(row_of("run.nii"), str(tmp_path), record=record), record)
+    assert (mean.voxels[0, 0, 0], mean.voxels[1, 1, 1], mean.num_nonfinite) == (-1, -1, (2,))
+    assert mean.voxels[2, 2, 2] == frames[2, 2, 2].mean()
+
+
 def test_voxels_that_a_function_made_infinite_are_refused(tmp_path: Path) -> None:
     record = RecordConfig(nonfinite="zero")
     volume = Volume(row_of("a.nii"), holed(), Scaling(), AFFINE, (2, 2, 2.5), "float32", SOURCE)
@@ -259,10 +288,13 @@ def test_voxels_that_a_function_made_infinite_are_refused(tmp_path: Path) -> Non
         rescale_volume(volume, record)
 
 
-def test_steps_of_a_pipeline(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_loading", [True, False])
+def test_steps_of_a_pipeline(tmp_path: Path, is_loading: bool) -> None:
+    rule: dict[str, Any] = {"nonfinite": ("value", 2)}
+    loading, preparing = (rule, {"orientation": "LAS"}) if is_loading else ({}, rule)
     manifest = cohort(tmp_path / "c")
     with beam.Pipeline() as pipeline:
-        volumes = pipeline | ReadManifest(manifest) | LoadVolume() | Preprocess(nonfinite=("value", 2))
+        volumes = pipeline | ReadManifest(manifest) | LoadVolume(**loading) | Preprocess(**preparing)
         _ = volumes | Rescale("none") | EncodeExample() | WriteToTFRecord(tmp_path / "out")
     assert [row["num_nonfinite"] for row in index_rows(tmp_path / "out")] == [7, 0, 1]
     assert info_of(tmp_path / "out").record_config.nonfinite == "value:2"
@@ -295,5 +327,3 @@ def test_voxels_are_replaced_before_images_are_aligned(tmp_path: Path, interpola
         made.append(prepare_volume(load_volume(row, record=config), config))
     assert np.array_equal(made[0].voxels, made[1].voxels)
     assert [volume.num_nonfinite for volume in made] == [(0, 14), (0, 0)]
-    with pytest.raises(UsageError, match="no image is aligned; give it to Preprocess"):
-        LoadVolume(nonfinite="zero")
