@@ -7,14 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from beam_nifti.api import analyze as analyze
     from beam_nifti.api import build as build
     from beam_nifti.api import check as check
     from beam_nifti.api import convert as convert
     from beam_nifti.api import diff as diff
     from beam_nifti.api import extract as extract
     from beam_nifti.api import inspect as inspect
+    from beam_nifti.api import relabel as relabel
     from beam_nifti.api import report as report
     from beam_nifti.api import verify as verify
+    from beam_nifti.api import withdraw as withdraw
     from beam_nifti.config import Percentile as Percentile
     from beam_nifti.config import Window as Window
     from beam_nifti.errors import BeamNiftiError as BeamNiftiError
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
     from beam_nifti.errors import TooManyFailures as TooManyFailures
     from beam_nifti.errors import UsageError as UsageError
     from beam_nifti.errors import VolumeError as VolumeError
+    from beam_nifti.inference import Preparation as Preparation
+    from beam_nifti.inference import PreparedVolume as PreparedVolume
+    from beam_nifti.inference import restore as restore
     from beam_nifti.pipeline.options import BuildOptions as BuildOptions
     from beam_nifti.random_access import Dataset as Dataset
     from beam_nifti.random_access import PatchDataset as PatchDataset
@@ -44,10 +50,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES_IN = {
-    "api": "build check convert diff extract inspect report verify",
+    "api": "analyze build check convert diff extract inspect relabel report verify withdraw",
     "config": "Percentile Window",
     "errors": "BeamNiftiError BuildSummary DatasetError EngineError FailedVolume ManifestError OutputError "
     "TooManyFailures UsageError VolumeError",
+    "inference": "Preparation PreparedVolume restore",
     "random_access": "Dataset PatchDataset PatchGrid Patches",
     "reader": "load_dataset",
     "transforms": "EncodeExample LoadVolume Preprocess ReadManifest Record Rescale WriteToTFRecord",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import re
@@ -17,10 +16,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar, cast
 
 from beam_nifti.errors import BeamNiftiError, UsageError, printable
-from beam_nifti.pipeline.watcher import Watcher
+from beam_nifti.pipeline.watcher import LogWatcher, Watcher
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
-from beam_nifti.support.process import ForkGuard, count_cores
+from beam_nifti.support.process import ForkGuard, count_cores, require_modules
 from beam_nifti.support.wording import one_line
 
 if TYPE_CHECKING:
@@ -31,16 +30,13 @@ if TYPE_CHECKING:
     from apache_beam.options.pipeline_options import PipelineOptions
 
     from beam_nifti.config import BuildConfig
-    from beam_nifti.errors import BuildSummary
     from beam_nifti.inspection.description import Description
     from beam_nifti.inspection.diff import Difference
     from beam_nifti.inspection.extract import StoredVolume
     from beam_nifti.inspection.verify import Verification
-    from beam_nifti.pipeline.build import Estimate
-    from beam_nifti.pipeline.metrics import Metrics
     from beam_nifti.pipeline.options import BuildOptions, Preprocess
-    from beam_nifti.pipeline.plan import BuildPlan
     from beam_nifti.pipeline.runners import Engine
+    from beam_nifti.pipeline.statistics_file import Analysis
     from beam_nifti.pipeline.survey import Survey
     from beam_nifti.record.dataset_info import DatasetInfo
     from beam_nifti.reporting.report import ReportSummary
@@ -145,7 +141,7 @@ def build(
             label_column: column of labels, or several; default: "label".
             mask_column: column of label maps; default: none.
             split: share of the participants by split, such as {"train": 0.8, "test": 0.2}.
-            rescale: "minmax" (default), "zscore", "none", or such as ("percentile", 1, 99).
+            rescale: "minmax" (default), "zscore", "none", or a tuple such as ("percentile", 1, 99).
             orientation: axis codes, such as "RAS".
             spacing: voxel size in mm, such as (1, 1, 1).
             shape: (x, y, z) in voxels, to crop and pad to.
@@ -154,7 +150,7 @@ def build(
             voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
             max_bad_fraction: fraction of volumes that may fail; default: 0.
             workers: number of threads; default: all cores.
-            overwrite: whether to replace a dataset with different options or rows.
+            overwrite: whether to replace a dataset that was built with different options or rows.
 
     Returns:
         The dataset. For a dry run or a Dataflow template: what is known before the shards are made. It has
@@ -168,13 +164,15 @@ def build(
         EngineError: the runner or a worker failed.
         OSError: a disk or a store failed.
     """
+    from beam_nifti.pipeline.configure import make_config
     from beam_nifti.pipeline.launch import run_build_on, run_dry
     from beam_nifti.pipeline.options import read_switch
 
     watcher, is_dry = _watcher(progress), read_switch("dry_run", dry_run)
     flags = _flags(runner, pipeline_options, watcher)
     target = storage.path_text("output", output)
-    wanted, rows = _configure(manifest, target, options, config, like, flags, watcher)
+    making = functools.partial(make_config, output=target)
+    wanted, rows = _configure(manifest, making, options, config, like, flags, watcher)
     if is_dry and not flags:  # sooner, as it needs no Beam
         return run_dry(wanted, rows, watcher)
     engine = _engine(wanted, flags, watcher)
@@ -215,12 +213,14 @@ def check(
         EngineError: the runner or a worker failed.
         OSError: a disk or a store failed.
     """
+    from beam_nifti.pipeline.configure import make_config
     from beam_nifti.pipeline.outputs import require_ending, require_out
 
     report, watcher = _text("out", out), _watcher(progress)
     require_ending(report, ".json")
     flags = _flags(runner, pipeline_options, watcher)
-    wanted, rows = _configure(manifest, report or "", options, config, like, flags, watcher)
+    making = functools.partial(make_config, output=report or "")
+    wanted, rows = _configure(manifest, making, options, config, like, flags, watcher)
     engine = _engine(wanted, flags, watcher)
     if not engine.is_local and report is None:
         raise UsageError(_NO_OUT.format("check.json"))
@@ -230,6 +230,65 @@ def check(
     from beam_nifti.pipeline.launch import run_check_on
 
     return run_check_on(engine, rows, report, watcher)
+
+
+@_in_python
+def analyze(
+    manifest: ManifestTable,
+    *,
+    out: Path | None = None,
+    runner: str | None = None,
+    pipeline_options: BeamOptions = None,
+    like: Path | None = None,
+    config: Path | None = None,
+    progress: bool | Watcher = True,
+    **options: Unpack[BuildOptions],
+) -> Analysis:
+    """Measure the volumes of a cohort: intensities, sizes and labels, prepared as a build prepares them.
+
+    The result is the same on every runner, with any number of workers. `build(rescale_stats=…)` uses it.
+
+    Args:
+        manifest: same as for `build`.
+        out: also write the statistics to this .json file, which is replaced if it exists.
+        runner: same as for `build`.
+        pipeline_options: same as for `build`.
+        like: same as for `build`; options that only concern how records are written are ignored.
+        config: same as for `like`.
+        progress: same as for `build`.
+        **options: those of `beam_nifti.BuildOptions` that concern what is measured: columns, splits,
+            `rescale_within`, `rescale_split`, `frames`, `complex`, preparation, `max_bad_fraction`,
+            `workers`. `rescale=("cohort:percentile", low, high)` adds two percentiles.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        UsageError: an option is invalid, or has no effect on an analysis.
+        ManifestError: the manifest cannot be used.
+        TooManyFailures: more volumes failed than `max_bad_fraction` allows; `failures` has all of them.
+        VolumeError: no voxel is selected in any volume.
+        EngineError: the runner or a worker failed.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.pipeline.configure import make_analysis_config
+    from beam_nifti.pipeline.outputs import require_ending, require_out
+
+    path, watcher = _text("out", out), _watcher(progress)
+    require_ending(path, ".json")
+    flags = _flags(runner, pipeline_options, watcher)
+    wanted, rows = _configure(manifest, make_analysis_config, options, config, like, flags, watcher)
+    engine = _engine(wanted, flags, watcher)
+    if engine.is_template:
+        raise UsageError("--template-location is for build only: statistics are read when a job has ended")
+    if not engine.is_local and path is None:
+        raise UsageError(_NO_OUT.format("statistics.json"))
+    if path is not None:
+        inputs = {"the manifest": wanted.manifest if rows is None else None, _KEY: wanted.anonymous_ids}
+        require_out(path, overwrite=True, inputs=inputs)
+    from beam_nifti.pipeline.launch import run_analysis_on
+
+    return run_analysis_on(engine, rows, path, watcher)
 
 
 @_in_python
@@ -252,7 +311,8 @@ def verify(
             `manifest`, which names the images that are opened.
         preprocess: function of the dataset, as for `build`. `deep` requires it if the dataset was built with
             one, because a function that only the dataset names is never run.
-        anonymous_ids: file of the key that the dataset was built with; required with `manifest`.
+        anonymous_ids: file of the key that the dataset was built with. With `manifest`, a dataset with
+            anonymous ids requires it.
         workers: number of threads. Default: all cores.
         progress: same as for `build`.
 
@@ -334,6 +394,113 @@ def convert(
 
 
 @_in_python
+def withdraw(
+    dataset: Path,
+    participants: str | Iterable[str],
+    *,
+    manifest: ManifestTable,
+    anonymous_ids: Path | None = None,
+    overwrite: bool = False,
+    progress: bool | Watcher = True,
+) -> DatasetInfo:
+    """Remove participants from a dataset, without the images of the others.
+
+    The dataset becomes the one that a build of the manifest without their rows gives. Everything that it has
+    of them is removed: records, rows of indexes, failures, and files of earlier revisions. Later builds into
+    its folder refuse rows of theirs. The same call continues an interrupted withdrawal.
+
+    Args:
+        dataset: folder or URL of the dataset.
+        participants: their ids, as in the manifest; ids of examples if it has no column participant_id. With
+            anonymous ids also pseudonyms.
+        manifest: manifest that the dataset was built from, with the rows of the participants.
+        anonymous_ids: file of the key that the dataset was built with, if its ids are anonymous.
+        overwrite: whether to discard an unfinished build in the folder, which may hold records of theirs.
+        progress: same as for `build`.
+
+    Returns:
+        The dataset without them. Its last `withdrawals` states what was removed.
+
+    Raises:
+        UsageError: a participant is not in the manifest, or is the only one; or the manifest is not that of
+            the dataset; or the dataset has no manifest.
+        ManifestError: the manifest cannot be read, or its other rows cannot be built from.
+        DatasetError: there is no complete dataset, or it is damaged.
+        OutputError: it holds an unfinished build or files of unknown origin, or cannot be written.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.pipeline.progress import no_progress, show_progress
+    from beam_nifti.pipeline.withdrawal import withdraw_people
+    from beam_nifti.record.dataset_info import read_info
+
+    watcher = _watcher(progress)
+    output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
+    names = [participants] if isinstance(participants, str) else [*participants]
+    path, rows = _path_of(manifest), _rows_of(manifest, key)
+    info = read_info(output)
+    watcher.on_dataset(info)
+    with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
+        return withdraw_people(output, names, path, rows=rows, anonymous_ids=key, overwrite=overwrite)
+
+
+@_in_python
+def relabel(
+    dataset: Path,
+    manifest: ManifestTable,
+    *,
+    label_column: str | Sequence[str] | None = None,
+    missing_label: str | None = None,
+    anonymous_ids: Path | None = None,
+    overwrite: bool = False,
+    progress: bool | Watcher = True,
+) -> DatasetInfo:
+    """Give the records of a dataset the labels, splits and further columns of a changed manifest.
+
+    The images are not needed. The dataset becomes the one that a build of the manifest gives. The same call
+    continues an interrupted one.
+
+    Args:
+        dataset: folder or URL of the dataset.
+        manifest: same as for `build`: rows with the ids and images of the dataset, in any order.
+        label_column: column of labels, or several, as for `build`. Default: those of the dataset.
+        missing_label: what to do with rows without a label, as for `build`. Default: as in the dataset.
+        anonymous_ids: file of the key that the dataset was built with, if its ids are anonymous.
+        overwrite: whether to discard an unfinished build in the folder.
+        progress: same as for `build`.
+
+    Returns:
+        The dataset as it is now.
+
+    Raises:
+        UsageError: rows have other images than the dataset, or it has records of no row.
+        ManifestError: the manifest cannot be used.
+        DatasetError: there is no complete dataset, it is damaged, or it has no record of a row.
+        OutputError: it holds an unfinished build, or cannot be written.
+        OSError: a disk or a store failed.
+    """
+    from beam_nifti.pipeline.progress import no_progress, show_progress
+    from beam_nifti.pipeline.relabeling import relabel_dataset
+    from beam_nifti.record.dataset_info import read_info
+
+    watcher = _watcher(progress)
+    output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
+    path, rows = _path_of(manifest), _rows_of(manifest, key)
+    labels = label_column if label_column is None or isinstance(label_column, str) else ",".join(label_column)
+    info = read_info(output)
+    watcher.on_dataset(info)
+    with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
+        return relabel_dataset(
+            output,
+            path,
+            rows=rows,
+            label_column=labels,
+            missing_label=missing_label,
+            anonymous_ids=key,
+            overwrite=overwrite,
+        )
+
+
+@_in_python
 def inspect(dataset: Path, record: str | None = None) -> Description:
     """Describe a dataset or one of its records, from dataset_info.json and the indexes.
 
@@ -406,7 +573,7 @@ def report(
 
     Args:
         dataset: folder or URL of the dataset.
-        out: path or URL of the page, an .html file that is no file of a dataset. An existing file is
+        out: path or URL of the page, an .html file that is not a file of a dataset. An existing file is
             replaced. Default: report.html in the working directory; required on a cluster, whose workers
             must be able to write it.
         pictures: number of volumes to show besides the outliers, evenly spread.
@@ -454,44 +621,12 @@ def report(
         return write_report(config.output, info, page, engine.options, num_pictures=num_pictures)
 
 
-def require_modules(*names: str) -> None:
-    """Require modules of the extra `report`.
-
-    Raises:
-        UsageError: one of them is not installed.
-    """
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"not installed: {', '.join(missing)}; pip install 'beam-nifti[report]'")
-
-
-class _LogWatcher(Watcher):
-    """Logs the numbers that the command line prints, which the result of a build does not have."""
-
-    def on_estimate(self, plan: BuildPlan, estimate: Estimate) -> None:
-        """Log what would be done."""
-        reuse = estimate.reuse
-        kept = reuse.num_published + reuse.num_unfinished if reuse else 0
-        built = reuse.num_rebuilt if reuse else plan.num_examples
-        logs.LOGGER.info("would keep %d and build %d examples", kept, built)
-
-    def on_kept(self, num_examples: int) -> None:
-        """Log it."""
-        logs.LOGGER.info("kept %d examples of an earlier run", num_examples)
-
-    def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
-        """Log what was done."""
-        kept = metrics.counters.get("volumes-skipped", 0)
-        built = summary.num_written - kept
-        logs.LOGGER.info("kept %d and built %d examples; %d failed", kept, built, summary.num_failed)
-
-
 def _watcher(progress: bool | Watcher) -> Watcher:
     if isinstance(progress, Watcher):
         return progress
     from beam_nifti.pipeline.options import read_switch
 
-    return _LogWatcher(has_progress=read_switch("progress", progress))
+    return LogWatcher(has_progress=read_switch("progress", progress))
 
 
 def _flags(runner: str | None, options: BeamOptions, watcher: Watcher) -> list[str]:
@@ -524,7 +659,7 @@ def _engine(config: BuildConfig, flags: Sequence[str], watcher: Watcher) -> Engi
 
 def _configure(
     manifest: ManifestTable,
-    output: str,
+    make: Callable[..., BuildConfig],
     options: BuildOptions,
     config: Path | None,
     like: Path | None,
@@ -532,15 +667,13 @@ def _configure(
     watcher: Watcher,
 ) -> tuple[BuildConfig, bytes | None]:
     """The configuration of a build, and the rows of a manifest that is no file, as a Parquet file."""
-    from beam_nifti.pipeline.configure import make_config
-
-    if flags and not (config is None and like is None):
+    if flags and not (config is None and like is None and options.get("rescale_stats") is None):
         watcher.load_beam()
         from beam_nifti.pipeline.beam_flags import set_stores
 
         set_stores(flags)
     file, dataset = _text("config", config), _text("like", like)
-    wanted = make_config(_path_of(manifest), output, options, config=file, like=dataset)
+    wanted = make(_path_of(manifest), given=options, config=file, like=dataset)
     rows = _rows_of(manifest, wanted.anonymous_ids)
     return wanted if rows is None else replace(wanted, rows=""), rows
 

@@ -1,4 +1,4 @@
-"""Every error that beam_nifti raises on purpose. Each message names the thing, the value and the remedy."""
+"""The errors that beam_nifti raises on purpose. Each message names the thing, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 
 class BeamNiftiError(Exception):
-    """Base class of all errors that this package raises on purpose.
+    """Base class of the errors that this package raises on purpose, except IndexError, TypeError and OSError.
 
-    A traceback prints the text of an error as it is. Names and paths in it may be anybody's, so control
+    A traceback prints the text of an error as it is. Names and paths in it may come from anyone, so control
     characters are escaped.
     """
 
@@ -164,6 +164,9 @@ class BuildSummary:
         failures_path: path of the list of failed volumes; "" if none failed.
         failures: volumes that failed, by step and then by class of the error.
         reasons: the most frequent reasons of failures.
+        num_nonfinite: voxels that were NaN or infinite and were replaced, in all records.
+        num_made_finite: records that had such voxels.
+        unmapped_labels: labels that `map_labels` maps to others, but that no mask has.
     """
 
     num_written: int
@@ -174,6 +177,9 @@ class BuildSummary:
     failures_path: str = ""
     failures: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     reasons: tuple[FailureGroup, ...] = ()
+    num_nonfinite: int = 0
+    num_made_finite: int = 0
+    unmapped_labels: tuple[int, ...] = ()
 
 
 class TooManyFailures(BeamNiftiError):
@@ -244,7 +250,7 @@ class NewerFormatError(DatasetError):
 
 
 def unreadable(what: str, error: Exception) -> DatasetError:
-    """The error where a file or a record of a dataset cannot be read, with its remedy."""
+    """The error for a file or record of a dataset that cannot be read."""
     return DatasetError(f"{what} cannot be read ({error}); run beam-nifti verify")
 
 

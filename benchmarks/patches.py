@@ -13,10 +13,10 @@ beam_nifti runs in this interpreter, the other sides in that of --peers, which n
 
 A side whose packages are missing is left out, with the reason.
 
-With --threads, it measures instead how many patches beam_nifti feeds with so many threads, each on a core:
-by `PatchDataset`, and by `load_dataset` in batches of two. A thread of `PatchDataset` that is neither on a
-core nor in the queue for one waits for Python's lock. From its own time and its waits follows what it would
-read on a core that nobody else uses, so a busy machine does not matter (but prolongs the waits). This needs
+With --threads, it measures instead how many patches beam_nifti supplies with that many threads, each on its
+own core: by `PatchDataset`, and by `load_dataset` in batches of two. A thread of `PatchDataset` that is
+neither running nor queued for a core waits for Python's lock. Its CPU time and its waits give the rate on a
+core of its own. A busy machine lengthens the waits, so the rate is a lower limit. This needs
 /proc/PID/schedstat of Linux. For `load_dataset` it is the best of several half seconds, and a lower limit.
 
 Usage: patches.py [--peers PYTHON] [--case NAME ...] [--side NAME ...] [--repeat N] [--threads N ...]

@@ -2,7 +2,8 @@
 
 Masks are of 512×512×300 voxels: a label of 40 lesions with radii of 2 to 8 voxels, a vessel, and organs,
 which are ellipsoids of about 20 to 100 voxels across. There are N positions of each label, but at most 64 · N
-of all. "Reached" is the share of a label's voxels in a patch of 96³ around some of its positions.
+of all. "Reached" is the share of a label's voxels in a patch of 96³ around at least one of its positions.
+"Lesions" is how many of the 40 have a position within 8 voxels of their centre.
 
 Usage: positions.py [--masks M]
 """

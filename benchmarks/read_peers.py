@@ -8,8 +8,8 @@ installed is named and left out; all of it is there after
 
     uv pip install '.[grain,test]' datasets mosaicml-streaming
 
-in an environment of its own: pip finds no end of what these need, and 5 GB of it are the CUDA libraries of
-PyTorch, which Mosaic Streaming loads. As much goes into the temporary folder.
+in an environment of its own: pip does not finish resolving these requirements. PyTorch's CUDA libraries,
+which Mosaic Streaming loads, take 5 GB, and the temporary folder as much.
 
 Usage: read_peers.py [--repeat N] [--cohort-dir DIR]
 """

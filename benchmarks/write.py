@@ -1,8 +1,8 @@
-"""Write the same records with Beam's own `WriteToTFRecord` and with this package's; print a Markdown table.
+"""Build with Beam's own `WriteToTFRecord`, with this package's, and with `beam-nifti build`; print Markdown.
 
-Each writer gets the records of the same steps (`pipelines/stock.py`, `pipelines/minimal.py`) and runs as a
-process of its own, in turns, with two threads and one shard for 100 records. CPU seconds and peak memory are
-the kernel's account of the process, start-up included; figures are medians over the rounds.
+The first two are `pipelines/stock.py` and `pipelines/minimal.py`. Each runs as a process of its own, in
+turns, with two threads and one shard for 100 records. CPU seconds and peak memory are the kernel's account of
+the process, start-up included; figures are medians over the rounds.
 
 Usage: write.py [--volumes N] [--repeat N] [--cohort-dir DIR]
 """

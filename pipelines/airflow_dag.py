@@ -1,9 +1,9 @@
 """Datasets on a schedule: the DAG `beam_nifti`, and `make_dag` for more of them. For Airflow 3.
 
-Copy this file into the DAGs folder as it is. docs/airflow.md says how to go on.
+Copy this file into the DAGs folder as it is. docs/airflow.md has the other steps.
 
-The tasks call the command `beam-nifti`, which lives in another environment, or in a container; Airflow's own
-needs nothing but Airflow. The Variable `beam_nifti_command` says where it is.
+The tasks call the command `beam-nifti`, which is installed in another environment, or runs in a container;
+Airflow's own environment needs only Airflow. The Variable `beam_nifti_command` names the command.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 COMMAND: Final = "{{ var.value.get('beam_nifti_command', 'beam-nifti') }}"
 
 FINAL_EXIT_CODES: Final = {
-    1: "volumes that cannot be records, or a dataset that is not right: the lines above name failures.jsonl "
-    "or the problems",
+    1: "too many volumes failed, or the dataset is damaged; see the log above",
     2: "a wrong option, manifest or output, or a path that cannot be read or written",
 }
 """Exit codes of `beam-nifti` for which a retry of the task is useless, and their meaning."""
@@ -156,23 +155,23 @@ def report_arguments(params: Mapping[str, Any]) -> list[str]:
     """The arguments of `beam-nifti` to write the page about the dataset.
 
     Raises:
-        AirflowSkipException: none was asked for.
+        AirflowSkipException: the param `report` is not set.
     """
     if params["report"] is None:
-        raise AirflowSkipException("the param report names no page")
+        raise AirflowSkipException("the param report is not set")
     return ["report", params["output"], f"--out={params['report']}", "--quiet"]
 
 
 class BeamNiftiOperator(BaseOperator):
-    """Runs `beam-nifti`, without a shell, and tells failures that a retry may cure from those it cannot.
+    """Runs `beam-nifti`, without a shell, and distinguishes temporary from permanent failures.
 
     A build that is tried again continues where it stopped. Each asset in `outlets` gets an event that names
     the manifest and the output.
 
     Args:
-        arguments: makes the command's arguments of the run's params.
+        arguments: makes the command's arguments from the run's params.
         command: the program, with its own leading arguments if it has any, quoted as for a shell.
-        kwargs: of every operator.
+        kwargs: keyword arguments of any operator.
     """
 
     template_fields = ("command",)
@@ -221,10 +220,10 @@ def make_params(schemas: Mapping[str, Mapping[str, Any]], defaults: Mapping[str,
     """Params, with some of their defaults replaced.
 
     Raises:
-        TypeError: there is a default for something that is no param.
+        TypeError: there is a default for an unknown param.
     """
     if unknown := defaults.keys() - schemas.keys():
-        raise TypeError(f"{', '.join(sorted(unknown))}: no params; choose from {', '.join(schemas)}")
+        raise TypeError(f"unknown params: {', '.join(sorted(unknown))}; choose from {', '.join(schemas)}")
     own = {name: {"default": value} for name, value in defaults.items()}
     return {name: Param(**{**schema, **own.get(name, {})}) for name, schema in schemas.items()}
 
@@ -248,16 +247,16 @@ def new_dag(dag_id: str, schedule: Any, params: dict[str, Param]) -> DAG:
 def make_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> DAG:
     """A DAG of four tasks: check the manifest, build the dataset, verify it, make a page about it.
 
-    Once the dataset is verified, the asset of the DAG's name is there: a DAG with `schedule=[Asset(dag_id)]`
-    starts then, whatever becomes of the page.
+    `verify` emits an event of the asset named like the DAG, which starts DAGs with
+    `schedule=[Asset(dag_id)]`. The page does not affect it.
 
     Args:
         dag_id: name of the DAG and of its asset.
         schedule: when it runs, such as "0 2 * * *"; None: when it is triggered.
-        defaults: of the params. With a schedule `manifest` and `output` are needed.
+        defaults: default values of params. With a schedule `manifest` and `output` are needed.
 
     Raises:
-        TypeError: there is a default for something that is no param.
+        TypeError: there is a default for an unknown param.
     """
     dag = new_dag(dag_id, schedule, make_params(PARAMS, defaults))
     check = BeamNiftiOperator(task_id="check_manifest", arguments=check_arguments, dag=dag)

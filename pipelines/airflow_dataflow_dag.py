@@ -1,8 +1,8 @@
 """The DAG `beam_nifti_dataflow`: the build as a Dataflow Flex Template. For Airflow 3.
 
 Copy this file and airflow_dag.py into the DAGs folder of an Airflow with apache-airflow-providers-google and
-apache-airflow-providers-apache-beam. docs/dataflow.md says how the template is made, docs/airflow.md what
-else is to be known.
+apache-airflow-providers-apache-beam. docs/dataflow.md explains how to make the template, and docs/airflow.md
+the rest.
 """
 
 from __future__ import annotations
@@ -32,13 +32,21 @@ DATAFLOW_PARAMS: Final[Mapping[str, Mapping[str, Any]]] = {
     **{name: schema for name, schema in PARAMS.items() if name != "runner"},
     "manifest": {**PARAMS["manifest"], **_BUCKET},
     "output": {**PARAMS["output"], **_BUCKET},
-    "template": {**_BUCKET, "description": "The template's file, as gs://lab/templates/beam-nifti.json."},
-    "container_image": {**_NEEDED, "description": "The template's image, which the workers start too."},
-    "project": {**_NEEDED, "description": "Google Cloud project that pays."},
-    "region": {**_NEEDED, "description": "Of the workers and of the bucket: europe-west1."},
-    "temp_location": {**_BUCKET, "description": "Folder of what is needed only while building."},
-    "machine_type": {**_NEEDED, "default": "n2-standard-4", "description": "Of the workers."},
-    "max_workers": {"type": "integer", "minimum": 1, "default": 10, "description": "At most so many."},
+    "template": {
+        **_BUCKET,
+        "description": "The template's file, such as gs://lab/templates/beam-nifti.json.",
+    },
+    "container_image": {**_NEEDED, "description": "The template's image, which the workers also run."},
+    "project": {**_NEEDED, "description": "Google Cloud project that runs and pays for the job."},
+    "region": {**_NEEDED, "description": "Region of the workers and of the bucket, such as europe-west1."},
+    "temp_location": {**_BUCKET, "description": "Folder for temporary files of the build."},
+    "machine_type": {**_NEEDED, "default": "n2-standard-4", "description": "Machine type of the workers."},
+    "max_workers": {
+        "type": "integer",
+        "minimum": 1,
+        "default": 10,
+        "description": "Largest number of workers.",
+    },
 }
 
 
@@ -64,7 +72,7 @@ class BuildOnDataflow(DataflowStartFlexTemplateOperator):
     """Starts the template with the run's params, and waits in the triggerer.
 
     Args:
-        kwargs: of every operator.
+        kwargs: keyword arguments of any operator.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -77,7 +85,7 @@ class BuildOnDataflow(DataflowStartFlexTemplateOperator):
         )
 
     def execute(self, context: Context) -> Any:
-        """Start the job; the trigger comes back with its end."""
+        """Start the job; the trigger resumes the task when the job ends."""
         params = context["params"]
         self.body = {
             "launchParameter": {
@@ -100,10 +108,10 @@ def make_dataflow_dag(dag_id: str, *, schedule: Any = None, **defaults: Any) -> 
     Args:
         dag_id: name of the DAG and of its asset.
         schedule: when it runs, such as "0 2 * * *"; None: when it is triggered.
-        defaults: of the params. With a schedule all are needed that have none.
+        defaults: default values of params. With a schedule, every param without a default needs one here.
 
     Raises:
-        TypeError: there is a default for something that is no param.
+        TypeError: there is a default for an unknown param.
     """
     dag = new_dag(dag_id, schedule, make_params(DATAFLOW_PARAMS, defaults))
     check = BeamNiftiOperator(task_id="check_manifest", arguments=template_check_arguments, dag=dag)

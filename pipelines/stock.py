@@ -1,7 +1,7 @@
-"""This package's steps, and Beam's own writer: the column "stock Beam" of the benchmarks.
+"""This package's steps with Beam's own `WriteToTFRecord`, which docs/benchmarks.md measures.
 
-Its records cross a shuffle, which of them lands in which shard differs from run to run, no index.
-`minimal.py` is the same with the writer of this package.
+Records cross a shuffle, their distribution over shards differs from run to run, and there is no index.
+`minimal.py` has the writer of this package.
 
 Usage: stock.py MANIFEST OUTPUT_PREFIX [--num_shards N] [Beam's flags]
 """

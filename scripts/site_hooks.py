@@ -1,9 +1,9 @@
 """What `mkdocs build` does beside the themes and plugins of mkdocs.yml.
 
 The site gets the layout of the repository: README.md is its front page, docs/format.md is docs/format/, and
-so on. So a relative link that is right in the repository is right on the site, and none is rewritten. Where a
-page has a comment `<!-- reference: NAME -->`, the reference of NAME is put: of beam-nifti, the command line,
-from its parser; of a module, class or function from its docstrings.
+so on. So a relative link that is right in the repository is right on the site, and none is rewritten. A
+comment `<!-- reference: NAME -->` is replaced by the reference of NAME: for beam-nifti, that of the command
+line; for a module, class or function, its docstrings.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _file(path: Path, config: MkDocsConfig) -> File:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put references in their places, and take what GitHub's tables need and Python's do not."""
+    """Put references in their places, and remove the escapes that only GitHub's tables need."""
     lines = (_unescape(line) if line.startswith("|") else line for line in markdown.splitlines())
     return _REFERENCE.sub(lambda match: _reference(match[1]), "\n".join(lines))
 

@@ -41,7 +41,9 @@ from beam_nifti.pipeline.conversion import Conversion
 from beam_nifti.pipeline.merge import ShardMerge
 from beam_nifti.pipeline.options import OPTIONS
 from beam_nifti.pipeline.parts import Part, PartFile
+from beam_nifti.pipeline.relabeling import relabel_dataset
 from beam_nifti.pipeline.steps import PartsFn
+from beam_nifti.pipeline.withdrawal import withdraw_people
 from beam_nifti.pipeline.write import WriteToTFRecord
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.index import read_index
@@ -527,6 +529,16 @@ def _convert_task(old: str, output: str, workers: int) -> int:
     return convert_dataset(Conversion.of(old, output), workers)[1]
 
 
+def _withdraw_task(output: str, people: list[str], manifest: str) -> int:
+    """Withdraw participants; the revision of the dataset."""
+    return withdraw_people(output, people, manifest).revision
+
+
+def _relabel_task(output: str, manifest: str) -> int:
+    """Relabel a dataset; its revision."""
+    return relabel_dataset(output, manifest).revision
+
+
 def _write_large_task(output: str, count: int) -> None:
     """Write records of a megabyte each."""
     image = random_voxels((64, 64, 64), "float32")
@@ -540,6 +552,8 @@ _TASKS: Mapping[str, Callable[..., Any]] = {
     "build": _build_task,
     "code": _code_task,
     "convert": _convert_task,
+    "relabel": _relabel_task,
+    "withdraw": _withdraw_task,
     "merge": _merge_task,
     "write": write_arrays,
     "write_large": _write_large_task,

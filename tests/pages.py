@@ -223,7 +223,8 @@ def _check_command(words: list[str], place: str) -> None:
         return
     try:
         given, _ = options.parse(words[1:])
-        if given.command in ("build", "check") and not (given.config or given.like):
+        files = given.command in ("build", "check") and (given.config, given.like, given.rescale_stats)
+        if files and not any(files):
             (build_config if given.command == "build" else check_config)(given)
     except (SystemExit, BeamNiftiError) as e:
         raise AssertionError(f"{place}: {shlex.join(words)}: {e}") from e

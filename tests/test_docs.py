@@ -170,8 +170,8 @@ def test_the_example_of_a_function_is_one(tmp_path: Path) -> None:
 
 
 COMMANDS = (
-    *("manifest bids", "manifest glob", "check", "build", "verify", "convert", "inspect", "diff", "extract"),
-    *("view", "card", "report"),
+    *("manifest bids", "manifest msd", "manifest table", "manifest glob", "check", "analyze", "build"),
+    *("verify", "convert", "relabel", "withdraw", "inspect", "diff", "extract", "view", "card", "report"),
 )
 
 

@@ -26,7 +26,7 @@ ONLY_IMPORTERS = {
         "volume.nifti_writer",
         "reporting.view",
     },
-    "scipy": {"volume.align", "volume.resample"},
+    "scipy": {"volume.align", "volume.resample", "volume.restoring"},
     "matplotlib": {"reporting.figures"},
     "jinja2": {"reporting.templates"},
     "nilearn": {"reporting.view"},
@@ -53,11 +53,12 @@ ONLY_IMPORTERS = {
         "pipeline.check",
         "reporting.report",
         "pipeline.runners",
+        "pipeline.analyze",
         "pipeline.beam_flags",
     },
 }
 LAZY_IMPORTERS = {
-    "scipy": {"volume.align", "volume.resample"},
+    "scipy": {"volume.align", "volume.resample", "volume.restoring"},
     "matplotlib": {"reporting.figures"},
     "jinja2": {"reporting.templates"},
     "nilearn": {"reporting.view"},
@@ -120,10 +121,12 @@ def test_the_reader_of_the_graph_imports_the_format_and_readers_only() -> None:
     [
         (
             "",
-            "build check verify inspect diff extract report Percentile Window TooManyFailures LoadVolume",
+            "analyze build check verify inspect diff extract report Percentile Window TooManyFailures "
+            "LoadVolume",
         ),
         ("reader", "load_dataset get_batched_dataset state_after"),
         ("random_access", "Dataset"),
+        ("inference", "Preparation PreparedVolume restore"),
         (
             "transforms",
             "BuildDataset EncodeExample LoadVolume Preprocess ReadManifest Record Rescale WriteToTFRecord",
@@ -181,7 +184,8 @@ def loaded_by(modules: str) -> set[str]:
             {"apache_beam", "tensorflow", "nibabel", "scipy"},
         ),
         (
-            "beam_nifti.inspection.extract, beam_nifti.inspection.verify, beam_nifti.pipeline.build",
+            "beam_nifti.inference, beam_nifti.inspection.extract, beam_nifti.inspection.verify, "
+            "beam_nifti.pipeline.build",
             {"apache_beam", "tensorflow"},
         ),
         ("beam_nifti.transforms", {"tensorflow"}),

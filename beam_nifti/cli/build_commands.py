@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from beam_nifti.pipeline.plan import BuildPlan, CheckPlan
     from beam_nifti.pipeline.resume import Reuse
 
+_AGAIN: Final = (
+    "nothing was measured; repair the failed images, or accept the failures by adding that --max-bad-fraction"
+)
 _NO_LABELS: Final = "labels   none: the manifest has no column 'label' (see --label-column)"
 
 
@@ -46,6 +49,9 @@ def build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -
         )
     except TooManyFailures as e:
         run.fail(e)
+        if watcher.plan is None:  # while the cohort was measured
+            run.know(num_failed=e.summary.num_failed, failures=e.summary.failures)
+            return complain(f"{e}\n{_AGAIN}", FAILED)
         with while_read():
             _report(watcher.plan, e.summary, run.counters)
         is_there = watcher.plan.has_published
@@ -61,6 +67,30 @@ def build(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -
             _print_estimate(watcher.plan, watcher.estimate)
         elif watcher.summary:
             _report(watcher.plan, watcher.summary, run.counters)
+    return SUCCESS
+
+
+def analyze(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -> int:
+    """`beam-nifti analyze`."""
+    run.know(manifest=storage.absolute(options.manifest))
+    try:
+        analysis = api.analyze(
+            options.manifest,
+            out=options.out,
+            pipeline_options=beam_flags,
+            like=options.like,
+            config=options.config,
+            progress=CommandWatcher(run, options),
+            **_given(options),
+        )
+    except TooManyFailures as e:
+        run.fail(e)
+        run.know(num_failed=e.summary.num_failed)
+        return complain(f"{e}\n{_AGAIN}", FAILED)
+    found = analysis.statistics
+    run.know(num_volumes=found.num_volumes + found.num_failed, num_failed=found.num_failed)
+    with while_read():
+        print(dump_json(dict(analysis), indent=2) if options.json else analysis)
     return SUCCESS
 
 
@@ -117,6 +147,9 @@ def _report(plan: BuildPlan, summary: BuildSummary, counters: Mapping[str, int])
 
             for line in format_groups(summary.reasons, summary.num_failed):
                 print_line(f"         {line}")
+    if plan.config.record.nonfinite is not None:
+        voxels = counted(summary.num_nonfinite, "NaN or infinite voxel")
+        print_line(f"replaced {voxels} of {counted(summary.num_made_finite, 'example')}")
     _print_labels(plan)
     if summary.complete:
         call = read_info(output).loading_call(output, batch_size=8)
@@ -138,9 +171,11 @@ def _print_labels(plan: BuildPlan) -> None:
 
 def _print_unlabelled(plan: BuildPlan | CheckPlan) -> None:
     if plan.num_skipped:
-        print_line(f"skipped  {counted(plan.num_skipped, 'row')} without a label")
+        print_line(f"skipped  {counted(plan.num_skipped, 'row')} without a {plan.config.columns.lacking}")
     if plan.num_unlabelled:
         print_line(f"kept     {counted(plan.num_unlabelled, 'row')} without a label")
+    if plan.num_unmasked:
+        print_line(f"kept     {counted(plan.num_unmasked, 'row')} without a mask")
 
 
 def _print_estimate(plan: BuildPlan, estimate: Estimate) -> None:
@@ -148,8 +183,13 @@ def _print_estimate(plan: BuildPlan, estimate: Estimate) -> None:
     most = max(len(positions) for split in plan.split_sizes for positions in plan.shard_ranges(split))
     print_line(f"would write to {plan.config.output}")
     of = " of" if plan.shape else ", the first of"
-    print_line(f"volumes  {plan.num_examples}{of} {size_text(estimate.shape)} voxels ({splits})")
+    up_to = "up to " if plan.config.record.max_frames is not None else ""
+    print_line(f"volumes  {up_to}{plan.num_examples}{of} {size_text(estimate.shape)} voxels ({splits})")
     print_line(f"shards   {plan.num_shards} of up to {counted(most, 'example')}")
+    if plan.config.record.is_of_cohort and plan.config.record.rescale_stats is None:
+        measured = plan.config.record.measured_splits
+        num = sum(plan.split_examples[split] for split in measured)
+        print_line(f"measure  {counted(num, 'volume')} of {' and '.join(measured)}, before the first record")
     print_line(f"bytes    about {bytes_text(estimate.num_bytes)}, estimated from the first image's header")
     if estimate.reuse:
         _print_reuse(estimate.reuse)
@@ -161,7 +201,7 @@ def _print_reuse(reuse: Reuse) -> None:
         if number:
             unless = "" if reuse.is_checked else ", unless their images have changed"
             print_line(f"keep     {counted(number, 'example')} from {what}{unless}")
-    print_line(f"rebuild  {counted(reuse.num_rebuilt, 'example')}")
+    print_line(f"build    {counted(reuse.num_rebuilt, 'example')}")
     if reuse.replaced:
         size = bytes_text(sum(shard.num_bytes for shard in reuse.replaced))
         shards = counted(len(reuse.replaced), "shard")

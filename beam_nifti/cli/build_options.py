@@ -16,7 +16,7 @@ from beam_nifti.cli.common_options import (
     add_summary,
     add_workers,
 )
-from beam_nifti.config import COMPRESSION_LEVELS
+from beam_nifti.config import COMPRESSION_LEVELS, PREPARATIONS
 from beam_nifti.pipeline.options import OPTIONS, flag_of, read_integer, read_number, read_switch
 
 WITHOUT_EFFECT = "without effect on check"
@@ -27,10 +27,22 @@ examples:
   beam-nifti build cohort/manifest.tsv cohort/dataset --dry-run
   beam-nifti build cohort/manifest.tsv cohort/dataset
   beam-nifti build gs://lab/manifest.csv gs://lab/dataset --shuffle-seed 1 \\
-      --runner=DataflowRunner --region=europe-west1 --temp-location=gs://lab/tmp
+      --runner=DataflowRunner --project=lab --region=europe-west1 --temp-location=gs://lab/tmp \\
+      --sdk-container-image=europe-west1-docker.pkg.dev/lab/images/beam-nifti:0.1.0
 
 Run the same command again to continue a stopped build, to add rows that were appended to the manifest, and to
 retry volumes that failed.
+
+"""
+
+_ANALYZE_EXAMPLES = """\
+examples:
+  beam-nifti analyze cohort/manifest.tsv --rescale-within nonzero --out cohort/statistics.json
+  beam-nifti build cohort/manifest.tsv cohort/dataset --rescale cohort:zscore --rescale-within nonzero \\
+      --rescale-stats cohort/statistics.json
+
+Reads every volume of the split train. The numbers are the same on every runner, with any number of workers.
+`build --rescale cohort:zscore` without --rescale-stats does the same before it writes records.
 
 """
 
@@ -64,6 +76,8 @@ _HELP: Final = {
     "Default: the column label, if there is one",
     "missing_label": "what to do with rows whose label is empty, n/a or NaN. nan: store NaN, the class -1, "
     "or an empty string; skip: skip and count these rows; default: report an error",
+    "missing_mask": "what to do with rows whose cell of the mask is empty, n/a or NaN. empty: store a mask "
+    "of zeros; skip: skip and count these rows; default: report an error",
     "id_column": "column with a unique name for each example; default: participant_id, joined with "
     "session_id if there is one, or else the path",
     "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. KEYFILE must "
@@ -71,8 +85,8 @@ _HELP: Final = {
     "to read it; default: names are kept",
     "split": "assign participants to splits at random, in these shares, which sum to 1, such as "
     "train=0.8,validation=0.1,test=0.1; all images of a participant_id go to one split, which does not "
-    "change when other participants are added; default: the manifest's column split, or else all go to "
-    "train",
+    "change when other participants are added. kfold:5 draws fold0 to fold4 for cross-validation, and "
+    "kfold:5,test=0.2 a test set besides; default: the manifest's column split, or else all go to train",
     "stratify": "apply the shares of --split within each value of this column, such as site or diagnosis",
     "split_seed": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
     "default: 0",
@@ -82,27 +96,39 @@ _HELP: Final = {
     "compression": "compression of the shards; default: gzip",
     "shuffle_seed": "shuffle the rows of each split; the same N gives the same order on every machine; "
     "default: the manifest's order",
-    "compression_level": "igzip level, 0 (fastest) to 3; default: 2, which compresses float32 voxels best",
+    "compression_level": "level of igzip, 0 (fastest) to 3; default: 2, which compresses float32 voxels best",
     "rescale": "which intensities of a volume become 0 and 1. minmax (default): the smallest and the "
     "largest; percentile:LO,HI: two percentiles, such as percentile:0.5,99.5 for MRI with bright outliers; "
     "window:LO,HI: these two values in the image's units, such as window:-160,240 (HU) for CT; zscore: the "
-    "mean, and one standard deviation above it; none: keep the image's units",
+    "mean, and one standard deviation above it; cohort:zscore, cohort:percentile:LO,HI: the same of the "
+    "voxels of all volumes together, measured before the first build and kept by later ones; none: keep the "
+    "image's units",
     "rescale_within": "compute range, percentiles, mean and standard deviation from these voxels only: "
     "nonzero; above:T, those above T in the image's units; or mask, those with a label in the mask; "
     "default: all",
+    "rescale_split": "splits whose volumes are measured for cohort:zscore and cohort:percentile; default: "
+    "train",
+    "rescale_stats": "file of `beam-nifti analyze` with the statistics for cohort:zscore and "
+    "cohort:percentile; default: those of the dataset, or else they are measured",
     "clip": "set rescaled voxels outside [0, 1] to 0 or 1; for percentile and window, and for minmax with "
     "--rescale-within; default: keep them as they are",
     "mask_dtype": "dtype of mask labels: uint8 (default) for labels up to 255, or uint16 for labels up to "
     "65535",
-    "voxel_dtype": "float32 (default); float16, bfloat16: half the size, 11 and 8 significant bits; uint8: "
-    "a quarter, 256 levels of [0, 1]; native: the voxels of the file, which the reader rescales to exactly "
-    "the values of float32",
+    "map_labels": "labels of masks to replace by others, all at once, such as 4=3 or 4=3,10=0; other labels "
+    "stay; default: none",
+    "voxel_dtype": "dtype of the stored voxels: float32 (default); float16, bfloat16: half the size, 11 and "
+    "8 significant bits; uint8: a quarter, 256 levels of [0, 1]; native: the voxels of the file, which the "
+    "reader rescales to exactly the values of float32",
     "frames": "what to store of a 4-D image. all: every frame, as channels of one record; each: every "
     "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); first, or a number from 0: that "
     "frame; mean: the mean of the frames; default: 4-D images are refused",
+    "max_frames": "for --frames each of images that differ in their number of frames: the most that one may "
+    "have; default: all images must have as many as the first",
     "complex": "what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
     "channels; default: complex images are refused",
     "allow_mixed_shapes": "accept volumes whose shape differs from the first image's",
+    "nonfinite": "what to replace NaN and infinite voxels with, before all that follows. zero: 0; min: the "
+    "least finite voxel of the image; value:V: V, in the image's units; default: error, the volume fails",
     "preprocess": "your own function from Volume to Volume, which the workers must be able to import, such "
     "as mylab.brains:strip or, with arguments, 'mylab.brains:strip(threshold=3)'; may be repeated, to "
     "apply several functions in order",
@@ -145,6 +171,19 @@ _HELP_OF_CHECK: Final = _HELP | {
     "temp_location": "folder or URL for temporary files on a cluster; default: the folder of --out"
 }
 
+_HELP_OF_ANALYZE: Final = _HELP | {
+    "rescale": "cohort:percentile:LO,HI also computes these two percentiles; default: cohort:zscore",
+    "rescale_within": "measure these voxels only: nonzero; above:T, those above T in the image's units; or "
+    "mask, those with a label in the mask; default: all",
+    "rescale_split": "splits whose volumes are measured; default: train",
+    "max_bad_fraction": "give statistics if at most this fraction of the volumes (with --frames each, of all "
+    "frames) failed; default: 0",
+    "temp_location": "folder or URL for temporary files on a cluster; default: the folder of --out",
+    "json": "print the statistics as JSON",
+    "out": "also write the statistics as JSON to FILE, which is replaced if it exists, for --rescale-stats; "
+    "required on a cluster",
+}
+
 _OF_COMMANDS: Final[Mapping[str, Mapping[str, Any]]] = {
     "config": {"metavar": "FILE"},
     "like": {"metavar": "DATASET"},
@@ -176,7 +215,10 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
         "The command line overrides --config, and --config overrides --like.",
         ("config", "like", "without"),
     ),
-    "manifest columns": (None, ("path_column", "mask_column", "label_column", "missing_label", "id_column")),
+    "manifest columns": (
+        None,
+        ("path_column", "mask_column", "missing_mask", "label_column", "missing_label", "id_column"),
+    ),
     "privacy": (None, ("anonymous_ids",)),
     "splits": (None, ("split", "stratify", "split_seed")),
     "shards": (
@@ -186,15 +228,15 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
     "voxels": (
         None,
         (
-            *("rescale", "rescale_within", "clip", "mask_dtype"),
-            *("voxel_dtype", "frames", "complex", "allow_mixed_shapes"),
+            *("rescale", "rescale_within", "rescale_split", "rescale_stats", "clip", "mask_dtype"),
+            *("map_labels", "voxel_dtype", "frames", "max_frames", "complex", "allow_mixed_shapes"),
         ),
     ),
     "preparation": (
         "Applied to each volume between loading and rescaling, in this order; default: none.",
         (
-            *("align", "preprocess", "orientation", "reference", "spacing", "resize", "resize_longest"),
-            *("interpolation", "mask_interpolation", "antialias", "separate_z"),
+            *("nonfinite", "align", "preprocess", "orientation", "reference", "spacing", "resize"),
+            *("resize_longest", "interpolation", "mask_interpolation", "antialias", "separate_z"),
             *("crop_foreground", "shape"),
         ),
     ),
@@ -209,14 +251,23 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
 """Title, description and options of each group."""
 
 _UNUSED_BY_CHECK: Final = (
-    *("rescale", "rescale_within", "clip", "mask_dtype", "interpolation", "mask_interpolation"),
-    *("antialias", "separate_z", "shuffle_seed", "compression_level"),
+    *("rescale_within", "clip", "mask_dtype", "interpolation", "mask_interpolation", "antialias"),
+    *("separate_z", "shuffle_seed", "compression_level"),
     *("overwrite", "recheck", "dry_run", "metrics_file"),
 )
 
 
+_USED_BY_ANALYZE: Final = (
+    *("config", "like", "without", "path_column", "mask_column", "missing_mask", "label_column"),
+    *("missing_label", "id_column", "anonymous_ids", "split", "stratify", "split_seed", "rescale"),
+    *("rescale_within", "rescale_split", "mask_dtype", "map_labels", "frames", "max_frames", "complex"),
+    *("allow_mixed_shapes", "align", *PREPARATIONS),
+    *("json", "out", "max_bad_fraction", "workers", "temp_location", "quiet", "summary_json"),
+)
+
+
 def add_commands(commands: Commands) -> None:
-    """Add `check` and `build`."""
+    """Add `check`, `analyze` and `build`."""
     check = add_command(
         commands,
         "check",
@@ -231,6 +282,20 @@ def add_commands(commands: Commands) -> None:
     about = "Accepted and validated, so that check and build can be given the same flags."
     _add_group(check, WITHOUT_EFFECT, about, _UNUSED_BY_CHECK)
     add_beam(check)
+
+    analyze = add_command(
+        commands,
+        "analyze",
+        "measure the intensities, sizes and labels of a cohort",
+        _ANALYZE_EXAMPLES,
+    )
+    analyze.add_argument("manifest", metavar="MANIFEST", help="table of images, as for build")
+    for title, (about, names) in _GROUPS.items():
+        further = ("json", "out") if title == "running" else ()
+        used = [name for name in (*further, *names) if name in _USED_BY_ANALYZE]
+        if used:
+            _add_group(analyze, title, about, used, _HELP_OF_ANALYZE)
+    add_beam(analyze)
 
     build = add_command(commands, "build", "write the dataset that a manifest describes", _BUILD_EXAMPLES)
     build.add_argument(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import webbrowser
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from beam_nifti import api
 from beam_nifti.cli.printing import all_read, print_line, while_read
@@ -15,8 +17,12 @@ from beam_nifti.pipeline.outputs import require_ending, require_out
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.outcomes import FAILED, SUCCESS
+from beam_nifti.support.process import require_modules
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import bytes_text, counted, size_text
+
+if TYPE_CHECKING:
+    from beam_nifti.record.dataset_info import DatasetInfo
 
 
 def verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
@@ -84,6 +90,65 @@ def convert(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     return SUCCESS
 
 
+def relabel(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
+    """`beam-nifti relabel`."""
+    forget_earlier(options)
+    run.output, run.manifest = storage.absolute(options.output), storage.absolute(options.manifest)
+    info = api.relabel(
+        options.output,
+        options.manifest,
+        label_column=options.label_column,
+        missing_label=options.missing_label,
+        anonymous_ids=options.anonymous_ids,
+        overwrite=options.overwrite,
+        progress=CommandWatcher(run, options),
+    )
+    _know(run, info)
+    with while_read():
+        print_line(
+            f"dataset  {counted(info.num_examples, 'example')}, {counted(len(info.shards), 'shard')}, "
+            f"{bytes_text(info.num_bytes)}: {run.output}"
+        )
+    return SUCCESS
+
+
+def _know(run: RunSummary, info: DatasetInfo) -> None:
+    """Note the dataset that was made in the place of another one."""
+    assert run.output is not None
+    run.know(
+        fingerprint=info.config["fingerprint"],
+        num_examples=info.num_examples,
+        num_failed=info.num_failures,
+        failures_path=storage.join(run.output, info.failures) if info.failures else None,
+        num_shards=len(info.shards),
+        num_bytes=info.num_bytes,
+    )
+
+
+def withdraw(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
+    """`beam-nifti withdraw`."""
+    from beam_nifti.inspection.description import withdrawal_text
+
+    forget_earlier(options)
+    run.output, run.manifest = storage.absolute(options.output), storage.absolute(options.manifest)
+    info = api.withdraw(
+        options.output,
+        options.participant,
+        manifest=options.manifest,
+        anonymous_ids=options.anonymous_ids,
+        overwrite=options.overwrite,
+        progress=CommandWatcher(run, options),
+    )
+    _know(run, info)
+    with while_read():
+        print_line(f"withdrawn {withdrawal_text(asdict(info.withdrawals[-1]))}")
+        print_line(
+            f"dataset   {counted(info.num_examples, 'example')}, {counted(len(info.shards), 'shard')}, "
+            f"{bytes_text(info.num_bytes)}: {run.output}"
+        )
+    return SUCCESS
+
+
 def inspect(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     """`beam-nifti inspect`."""
     description = api.inspect(options.output, options.record)
@@ -112,6 +177,7 @@ def extract(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
         require_out(path, overwrite=options.overwrite)
     refuse_sources(options.output, paths)
     for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
+        volume = volume.on_source_grid() if options.on_source_grid else volume
         written = volume.of_mask() if options.mask else volume
         written.save(storage.absolute(path))
         with while_read():
@@ -148,7 +214,7 @@ def view(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     from beam_nifti.reporting.view import make_view
 
     require_ending(options.out, ".html")
-    api.require_modules("jinja2", "nilearn")
+    require_modules("jinja2", "nilearn")
     out = options.out or file_name(options.id, ".html")
     path = storage.absolute(out)
     if options.open and storage.is_remote(path):

@@ -12,6 +12,7 @@ from beam_nifti.cli.common_options import (
     add_summary,
     add_workers,
 )
+from beam_nifti.config import MISSING_LABELS
 
 _DIFF_EXAMPLES = """\
 examples:
@@ -27,6 +28,7 @@ _EXTRACT_EXAMPLES = """\
 examples:
   beam-nifti extract dataset --id sub-0003
   beam-nifti extract gs://lab/dataset --id sub-0003 --out /tmp/sub-0003.nii
+  beam-nifti extract dataset --id sub-0003 --mask --on-source-grid
 
 Voxels are in the image's units. With --voxel-dtype native they are exactly those of the file;
 docs/extract.md gives the precision of the other dtypes.
@@ -47,7 +49,8 @@ examples:
   beam-nifti card cohort/dataset
   beam-nifti card gs://lab/dataset --name 'Brains of Lyon' --license CC-BY-4.0 --overwrite
 
-A build does not update these files: run the command again after a build that changed the dataset.
+A build does not update these files: run the command again with --overwrite after a build that changed the
+dataset.
 
 """
 
@@ -58,6 +61,28 @@ examples:
 
 The images are not needed. Records keep their bytes, their order and their shards, and every byte is checked.
 OLD is not changed. The same command continues a conversion that was interrupted.
+
+"""
+
+_RELABEL_EXAMPLES = """\
+examples:
+  beam-nifti relabel cohort/dataset cohort/manifest.tsv
+  beam-nifti relabel cohort/dataset cohort/manifest.tsv --label-column age,diagnosis
+
+The images are not needed. OUTPUT becomes the dataset that a build of MANIFEST gives, with the labels, splits,
+further columns and order of its rows. The same command continues one that was interrupted.
+
+"""
+
+_WITHDRAW_EXAMPLES = """\
+examples:
+  beam-nifti withdraw cohort/dataset --participant sub-0003 --manifest cohort/manifest.tsv
+  beam-nifti withdraw dataset --participant sub-0003 --participant sub-0017 --manifest m.tsv \\
+      --anonymous-ids key
+
+The images are not needed. OUTPUT becomes the dataset that a build of the other rows gives. Afterwards drop
+the participants' rows from the manifest: builds into OUTPUT refuse them. The same command continues a
+withdrawal that was interrupted.
 
 """
 
@@ -76,6 +101,8 @@ def add_commands(commands: Commands) -> None:
     """Add these commands."""
     _add_verify(commands)
     _add_convert(commands)
+    _add_relabel(commands)
+    _add_withdraw(commands)
     _add_inspect(commands)
     _add_diff(commands)
     _add_extract(commands)
@@ -95,8 +122,8 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument(
         "--anonymous-ids",
         metavar="KEYFILE",
-        help="file of the key that the dataset was built with; required for --deep, and to compare with "
-        "--manifest",
+        help="file of the key that the dataset was built with; for a dataset with anonymous ids, --manifest "
+        "and --deep require it; default: none",
     )
     verify.add_argument(
         "--deep",
@@ -128,6 +155,63 @@ def _add_convert(commands: Commands) -> None:
     add_workers(convert, "; each converts one shard at a time")
     add_quiet(convert)
     add_summary(convert)
+
+
+def _add_relabel(commands: Commands) -> None:
+    summary = "give the records of a dataset the labels, splits and columns of a changed manifest"
+    relabel = add_command(commands, "relabel", summary, _RELABEL_EXAMPLES)
+    add_output(relabel)
+    relabel.add_argument(
+        "manifest",
+        metavar="MANIFEST",
+        help="changed table: a row for each example of the dataset with the same id and images, in any order",
+    )
+    relabel.add_argument(
+        "--label-column",
+        metavar="COLUMN[:KIND],…",
+        help="columns of labels, as for build; default: those of the dataset",
+    )
+    relabel.add_argument(
+        "--missing-label",
+        choices=MISSING_LABELS,
+        help="what to do with rows without a label, as for build; default: as in the dataset",
+    )
+    relabel.add_argument(
+        "--anonymous-ids",
+        metavar="KEYFILE",
+        help="file of the key that the dataset was built with, if its ids are anonymous",
+    )
+    add_overwrite(relabel, "an unfinished build in OUTPUT, which is discarded")
+    add_quiet(relabel)
+    add_summary(relabel)
+
+
+def _add_withdraw(commands: Commands) -> None:
+    summary = "remove participants from a dataset, without the images"
+    withdraw = add_command(commands, "withdraw", summary, _WITHDRAW_EXAMPLES)
+    add_output(withdraw)
+    withdraw.add_argument(
+        "--participant",
+        action="append",
+        required=True,
+        metavar="ID",
+        help="participant_id as in the manifest, or the example's id if the manifest has no participants; "
+        "with anonymous ids also a pseudonym; may be repeated",
+    )
+    withdraw.add_argument(
+        "--manifest",
+        required=True,
+        metavar="MANIFEST",
+        help="table that the dataset was built from, which still has the participants' rows",
+    )
+    withdraw.add_argument(
+        "--anonymous-ids",
+        metavar="KEYFILE",
+        help="file of the key that the dataset was built with, if its ids are anonymous",
+    )
+    add_overwrite(withdraw, "an unfinished build in OUTPUT, which is discarded")
+    add_quiet(withdraw)
+    add_summary(withdraw)
 
 
 def _add_inspect(commands: Commands) -> None:
@@ -164,6 +248,12 @@ def _add_extract(commands: Commands) -> None:
     )
     extract.add_argument(
         "--mask", action="store_true", help="write the records' masks instead of their images"
+    )
+    extract.add_argument(
+        "--on-source-grid",
+        action="store_true",
+        help="write them with shape and affine of the images that the records were made of: preparation is "
+        "undone as far as possible",
     )
     add_overwrite(extract)
 

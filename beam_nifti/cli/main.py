@@ -115,7 +115,7 @@ def _tell_end(run: RunSummary, options: argparse.Namespace) -> bool:
     try:
         if getattr(options, "summary_json", None):
             write_document(options.summary_json, run)
-        if getattr(options, "metrics_file", None) and not run.dry_run:
+        if run.command == "build" and options.metrics_file and not run.dry_run:
             from beam_nifti.cli.prometheus import write_metrics
 
             write_metrics(options.metrics_file, run)
@@ -129,9 +129,12 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
     commands: dict[str, Callable[[RunSummary, argparse.Namespace, list[str]], int]] = {
         "manifest": manifest_command.write_manifest,
         "check": build_commands.check,
+        "analyze": build_commands.analyze,
         "build": build_commands.build,
         "verify": dataset_commands.verify,
         "convert": dataset_commands.convert,
+        "relabel": dataset_commands.relabel,
+        "withdraw": dataset_commands.withdraw,
         "inspect": dataset_commands.inspect,
         "diff": dataset_commands.diff,
         "extract": dataset_commands.extract,
@@ -157,7 +160,11 @@ def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary
         run.fail(e)
         if sys.stderr.isatty():
             print(file=sys.stderr)  # after ^C
-        again = "continues where it stopped" if options.command in ("build", "convert") else "starts over"
+        again = (
+            "continues where it stopped"
+            if options.command in ("build", "convert", "relabel", "withdraw")
+            else "starts over"
+        )
         logs.LOGGER.warning("stopped; the same command %s", again)
         return TERMINATED if isinstance(e, Terminated) else INTERRUPTED
 

@@ -12,6 +12,7 @@ examples:
   beam-nifti manifest bids study --suffix T1w --label age --out manifest.tsv
   beam-nifti manifest bids study/derivatives/fmriprep --suffix T1w \\
       --entity space=MNI152NLin2009cAsym --entity desc=preproc --out mni.tsv
+  beam-nifti manifest msd Task02_Heart --out heart.tsv
   beam-nifti manifest glob 'scans/**/*.nii.gz' --out manifest.tsv
 
 """
@@ -21,12 +22,37 @@ examples:
   beam-nifti manifest bids study --suffix T1w --label age --column sex --out manifest.tsv
   beam-nifti manifest bids study --suffix T1w --session baseline --entity run=1 --out manifest.tsv
   beam-nifti manifest bids study --suffix T1w --entity acq= --out manifest.tsv
+  beam-nifti manifest bids study --suffix T1w,FLAIR --entity FLAIR:run=1 --out manifest.tsv
+  beam-nifti build manifest.tsv dataset --path-column T1w,FLAIR
+  beam-nifti manifest bids study --suffix T1w --derivatives fmriprep --mask-suffix mask \\
+      --entity mask:desc=brain --entity mask:space= --out manifest.tsv
   beam-nifti manifest bids study --suffix bold --all-images --out manifest.tsv
-  beam-nifti build manifest.tsv dataset --id-column image_id
+  beam-nifti build manifest.tsv dataset --id-column image_id --frames each
 
 The first selects the T1w image of every participant with an age in participants.tsv, and keeps sex in the
 index. The third selects images whose names have no acq-. Images, participants and sessions that are not used
 are reported on standard error.
+
+"""
+
+_MSD_EXAMPLES = """\
+examples:
+  beam-nifti manifest msd Task02_Heart --out heart.tsv
+  beam-nifti build heart.tsv dataset --id-column case_id --mask-column mask
+  beam-nifti manifest msd nnUNet_raw/Dataset001_BrainTumour --only train --out tumours.tsv
+  beam-nifti build tumours.tsv dataset --id-column case_id --path-column FLAIR,T1w,T1gd,T2w --mask-column mask
+
+Files that dataset.json lists and that are missing are an error. The options with which build reads the
+manifest, and files that are not used, are reported on standard error.
+
+"""
+
+_TABLE_EXAMPLES = """\
+examples:
+  beam-nifti manifest table manifest.tsv --join participants.tsv --on participant_id --join-columns age,sex \\
+      --out labelled.tsv
+  beam-nifti manifest table manifest.tsv --join clinic.csv --on participant_id=Subject,session_id=Visit \\
+      --join-columns label=Diagnosis --unmatched skip --out labelled.tsv
 
 """
 
@@ -39,10 +65,12 @@ examples:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add `manifest` and its two sources."""
+    """Add `manifest` and its sources."""
     manifest = add_command(commands, "manifest", "write a manifest of existing images", _MANIFEST_EXAMPLES)
     sources = manifest.add_subparsers(dest="source", metavar="SOURCE", required=True)
     _add_bids(sources)
+    _add_msd(sources)
+    _add_table(sources)
     _add_glob(sources)
 
 
@@ -51,7 +79,13 @@ def _add_bids(sources: Commands) -> None:
     bids.add_argument(
         "folder", metavar="DIR", help="folder or URL of the study, or of one of its derivatives"
     )
-    bids.add_argument("--suffix", required=True, metavar="NAME", help="suffix of the images, such as T1w")
+    bids.add_argument(
+        "--suffix",
+        required=True,
+        metavar="NAME,…",
+        help="suffix of the images, such as T1w; several, such as T1w,FLAIR, make one row per session with a "
+        "column for each, and skip sessions that lack one",
+    )
     bids.add_argument(
         "--session", action="append", metavar="LABEL", help="only images of this session; may be repeated"
     )
@@ -59,8 +93,21 @@ def _add_bids(sources: Commands) -> None:
         "--entity",
         action="append",
         metavar="KEY=LABEL",
-        help="only images with this entity in their name, such as run=1; KEY= for images without KEY; may be "
-        "repeated, for several keys or several labels of one key",
+        help="only images with this entity in their name, such as run=1; KEY= for images without KEY; "
+        "SUFFIX:KEY=LABEL for those of one suffix, such as FLAIR:run=1 or mask:desc=brain; may be repeated, "
+        "for several keys or several labels of one key",
+    )
+    bids.add_argument(
+        "--mask-suffix",
+        metavar="NAME",
+        help="suffix of label maps of the (first) images, such as mask or dseg, for a column mask; images "
+        "without one are skipped; default: no masks",
+    )
+    bids.add_argument(
+        "--derivatives",
+        metavar="NAME",
+        help="where the masks are: a folder of DIR/derivatives, such as fmriprep, or the path or URL of "
+        "another; default: DIR",
     )
     bids.add_argument(
         "--label",
@@ -75,7 +122,30 @@ def _add_bids(sources: Commands) -> None:
         help="column of the same tables to keep in the manifest and in the index of the dataset; may be "
         "repeated; default: none",
     )
-    _add_manifest_output(bids)
+    _add_all_images(bids)
+    _add_output(bids)
+
+
+def _add_msd(sources: Commands) -> None:
+    summary = "write a manifest of a dataset of the Medical Segmentation Decathlon or nnU-Net"
+    msd = add_command(sources, "msd", summary, _MSD_EXAMPLES)
+    msd.add_argument("folder", metavar="DIR", help="folder or URL with dataset.json, imagesTr and labelsTr")
+    msd.add_argument(
+        "--only",
+        choices=("train", "validation", "test"),
+        help="only the cases of this split, such as train, whose cases have masks; default: all",
+    )
+    _add_output(msd)
+
+
+def _add_table(sources: Commands) -> None:
+    table = add_command(sources, "table", "add columns of another table to a manifest", _TABLE_EXAMPLES)
+    table.add_argument("manifest", metavar="MANIFEST", help=".tsv, .csv, .jsonl or .parquet file or URL")
+    _add_output(
+        table,
+        "file in the folder of MANIFEST, to which its paths are relative; default: TSV on standard output",
+        is_table=True,
+    )
 
 
 def _add_glob(sources: Commands) -> None:
@@ -87,22 +157,50 @@ def _add_glob(sources: Commands) -> None:
         help="*, ? and […] match parts of a name, ** matches any number of folders. participant_id and "
         "session_id are taken from sub-… and ses-… in the paths",
     )
-    _add_manifest_output(glob)
+    _add_all_images(glob)
+    _add_output(glob)
 
 
-def _add_manifest_output(source: argparse.ArgumentParser) -> None:
+def _add_all_images(source: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--all-images",
         action="store_true",
         help="keep several images of a participant's session, each with a name in a column image_id, for "
         "build --id-column image_id; default: several images are refused",
     )
+
+
+_OUT_HELP = "file; paths of images below its folder are relative; default: standard output, absolute"
+
+
+def _add_output(source: argparse.ArgumentParser, out: str = _OUT_HELP, *, is_table: bool = False) -> None:
     source.add_argument(
-        "--out",
+        "--join",
+        required=is_table,
         metavar="FILE",
-        help=".tsv, .csv, .jsonl or .parquet file; paths of images below its folder are relative; default: "
-        "TSV on standard output, with absolute paths",
+        help=".tsv, .csv, .jsonl or .parquet file or URL of which columns are added, such as participants.tsv"
+        + ("" if is_table else "; default: none"),
     )
+    source.add_argument(
+        "--on",
+        required=is_table,
+        metavar="COLUMN,…",
+        help="column of ids, such as participant_id, or NAME=NAME_IN_FILE if FILE has another name for it, "
+        "such as participant_id=Subject",
+    )
+    source.add_argument(
+        "--join-columns",
+        required=is_table,
+        metavar="COLUMN,…",
+        help="columns of FILE to add, or NEW=NAME to rename one, such as label=Age,sex",
+    )
+    source.add_argument(
+        "--unmatched",
+        choices=("refuse", "keep", "skip"),
+        help="rows of the manifest whose id is not in FILE: refuse them (default), keep them with n/a, or "
+        "skip them",
+    )
+    source.add_argument("--out", metavar="FILE", help=f".tsv, .csv, .jsonl or .parquet {out}")
     add_overwrite(source)
 
 

@@ -17,7 +17,7 @@ from beam_nifti.record.versions import VERSIONED
 from beam_nifti.support.arguments import dashed, refuse_swallowed, suggest_flag, underscored
 from beam_nifti.support.terminal import write_result
 
-BEAM_COMMANDS = ("build", "check", "report")
+BEAM_COMMANDS = ("analyze", "build", "check", "report")
 """Commands that run a pipeline, and therefore accept Beam's flags."""
 
 
@@ -111,7 +111,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         argv: arguments without the program's name. Flags may be written with - or _.
 
     Returns:
-        Our options, and the flags for Beam (only for `build`, `check` and `report`).
+        Our options, and the flags for Beam (only for BEAM_COMMANDS).
 
     Raises:
         UsageError: an option is malformed, empty or given twice; or an argument is unknown to a command
@@ -151,7 +151,9 @@ def explain_unknown(argument: str, command: str, further: Iterable[str] = ()) ->
     known = flags_of_commands()
     others = [name for name, flags in known.items() if flag in flags]
     if others:
-        return f"{flag} is an option of {' and '.join(others)}, not of {command}; drop it"
+        *first, last = others
+        which = f"{', '.join(first)} and {last}" if first else last
+        return f"{flag} is an option of {which}, not of {command}; drop it"
     hint = suggest_flag(flag, [*known[command], *further]) or f"see `beam-nifti {command} --help`"
     return f"unknown flag {flag}; {hint}"
 

@@ -1,4 +1,4 @@
-"""What commands print, and what it means where that cannot be printed."""
+"""Prints results, and handles a standard output that fails."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class CommandWatcher(Watcher):
         summary: how a build has ended.
     """
 
-    plan: Any
+    plan: Any = None
     estimate: Estimate | None = None
     summary: BuildSummary | None = None
 

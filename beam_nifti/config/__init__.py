@@ -1,12 +1,27 @@
 """The options of a build. In: texts, numbers and tuples. Out: frozen dataclasses, checked. No I/O."""
 
-from beam_nifti.config.build import SPLIT_PATTERN, BuildConfig, Sharding, Splitting
-from beam_nifti.config.columns import LABEL_KINDS, MISSING_LABELS, Columns, LabelColumn
+from beam_nifti.config.build import (
+    FOLD_PARTS,
+    SPLIT_PATTERN,
+    BuildConfig,
+    Sharding,
+    Splitting,
+    fold_shares,
+)
+from beam_nifti.config.columns import (
+    LABEL_KINDS,
+    LATER_COLUMNS,
+    MISSING_LABELS,
+    MISSING_MASKS,
+    Columns,
+    LabelColumn,
+)
 from beam_nifti.config.preparation import (
     ALIGNMENTS,
     EXCLUSIVE,
     INTERPOLATIONS,
     MASK_INTERPOLATIONS,
+    NONFINITE,
     ORIENTATIONS,
     PREPARATIONS,
     RESAMPLING_DETAILS,
@@ -28,6 +43,7 @@ from beam_nifti.config.record import (
     RecordConfig,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS, Percentile, Window
+from beam_nifti.config.statistics import FAR, ChannelStatistics, CohortStatistics, LabelStatistics
 
 __all__ = [
     "ALIGNMENTS",
@@ -35,15 +51,20 @@ __all__ = [
     "COMPRESSIONS",
     "COMPRESSION_LEVELS",
     "EXCLUSIVE",
+    "FAR",
+    "FOLD_PARTS",
     "FORMAT_FEATURES",
     "FORMAT_VERSION",
     "FRAMES",
     "INTERPOLATIONS",
     "LABEL_KINDS",
+    "LATER_COLUMNS",
     "LATER_OPTIONS",
     "MASK_DTYPES",
     "MASK_INTERPOLATIONS",
     "MISSING_LABELS",
+    "MISSING_MASKS",
+    "NONFINITE",
     "ORIENTATIONS",
     "PREPARATIONS",
     "RESAMPLINGS",
@@ -54,13 +75,17 @@ __all__ = [
     "SPLIT_PATTERN",
     "VOXEL_DTYPES",
     "BuildConfig",
+    "ChannelStatistics",
+    "CohortStatistics",
     "Columns",
     "LabelColumn",
+    "LabelStatistics",
     "Percentile",
     "RecordConfig",
     "ReferenceGrid",
     "Sharding",
     "Splitting",
     "Window",
+    "fold_shares",
     "spell_steps",
 ]

@@ -10,13 +10,21 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Final
 
-from beam_nifti.config.columns import Columns
+from beam_nifti.config.columns import LATER_COLUMNS, Columns
 from beam_nifti.config.record import LATER_OPTIONS, MASK_DTYPES, RecordConfig
 from beam_nifti.errors import UsageError
 from beam_nifti.support.strict_json import dump_json
 
 SPLIT_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]{0,127}")
 """Pattern of a split's name. Names of files begin with it, and file systems limit them to 255 characters."""
+
+FOLD_PATTERN: Final = re.compile(r"fold(0|[1-9][0-9]?)")
+"""Pattern of a fold's name."""
+
+FOLD_PARTS: Final = ("train", "validation")
+"""What readers make of folds: all but one, and that one."""
+
+MOST_FOLDS: Final = 100
 
 _SHARES_TOLERANCE: Final = 1e-5
 """Shares such as three times 0.333333 count as a sum of 1."""
@@ -72,12 +80,38 @@ class Splitting:
             raise UsageError(f"--split has shares that sum to {total:g}; they must sum to 1")
 
 
+def fold_shares(count: int, others: Mapping[str, float]) -> dict[str, float]:
+    """The shares of folds of equal size, which are called fold0, fold1 and so on, and of other splits.
+
+    Args:
+        count: number of folds.
+        others: shares of splits that belong to no fold, such as "test".
+
+    Raises:
+        UsageError: there are too few or too many folds, or another split has a name that readers use for
+            folds.
+    """
+    if not 2 <= count <= MOST_FOLDS:
+        raise UsageError(f"--split is kfold:{count}; the number of folds is from 2 to {MOST_FOLDS}")
+    for name in others:
+        if name in FOLD_PARTS or FOLD_PATTERN.fullmatch(name):
+            raise UsageError(
+                f"--split names {name!r} besides kfold:{count}, of whose folds readers make train and "
+                "validation; use another name, such as test"
+            )
+    rest = 1 - math.fsum(others.values())
+    if not rest > 0:
+        raise UsageError(f"--split leaves the folds a share of {rest:g}; it must be above 0")
+    return {**{f"fold{number}": rest / count for number in range(count)}, **others}
+
+
 def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
     """Complete the configuration of records with what the columns of images and masks decide."""
     if columns.mask is None:
         for flag, value in (
             ("--mask-dtype", record.mask_dtype),
             ("--mask-interpolation", record.mask_interpolation),
+            ("--map-labels", record.map_labels),
             ("--rescale-within mask", record.rescale_within == "mask"),
             ("--crop-foreground mask", record.crop_foreground == "mask"),
         ):
@@ -86,13 +120,22 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
         mask_dtype = None
     else:
         mask_dtype = record.mask_dtype or MASK_DTYPES[0]
+        within = {"--rescale-within": record.rescale_within, "--crop-foreground": record.crop_foreground}
+        for flag, rule in within.items():
+            if rule == "mask" and columns.missing_mask == "empty":
+                raise UsageError(
+                    f"--missing-mask empty makes masks without a label, for which {flag} mask fails; use "
+                    f"--missing-mask skip, or another {flag}"
+                )
     if record.align is not None and len(columns.files) == 1:
         raise UsageError(
             "--align has no effect on a single image; name several in --path-column, or a --mask-column, or "
             "drop it"
         )
     channels = columns.paths if len(columns.paths) > 1 else None
-    return replace(record, channels=channels, mask_dtype=mask_dtype)
+    record = replace(record, channels=channels, mask_dtype=mask_dtype)
+    record.require_own_statistics()
+    return record
 
 
 @dataclass(frozen=True)
@@ -169,5 +212,8 @@ class BuildConfig:
         for name in LATER_OPTIONS:
             if content[name] is None:
                 del content[name]
+        for name in LATER_COLUMNS:
+            if content["columns"][name] is None:
+                del content["columns"][name]
         as_json: dict[str, Any] = json.loads(dump_json(content))  # which has no tuples
         return as_json

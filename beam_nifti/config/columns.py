@@ -12,6 +12,10 @@ from beam_nifti.errors import UsageError
 
 LABEL_KINDS: Final = ("float", "class", "string")
 MISSING_LABELS: Final = ("nan", "skip")
+MISSING_MASKS: Final = ("empty", "skip")
+
+LATER_COLUMNS: Final = ("missing_mask",)
+"""Fields of `Columns` that dataset_info.json contains only if they are given, as for `LATER_OPTIONS`."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Columns:
         mask: column of paths of label maps; None if there are no masks.
         missing_label: how to handle a row without a label: "nan" stores NaN, the class -1, or an empty
             string; "skip" skips the row; None refuses it.
+        missing_mask: how to handle a row whose cell of the mask is empty, n/a or NaN: "empty" stores a mask
+            of zeros; "skip" skips the row; None refuses it.
     """
 
     path: str = "path"
@@ -74,6 +80,7 @@ class Columns:
     id: str | None = None
     mask: str | None = None
     missing_label: str | None = None
+    missing_mask: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse empty names, unknown kinds, and a column with two roles."""
@@ -90,6 +97,10 @@ class Columns:
                 raise UsageError(f"--label-column names {name!r} twice; drop one")
         if self.missing_label is not None:
             choose("--missing-label", self.missing_label, MISSING_LABELS)
+        if self.missing_mask is not None:
+            choose("--missing-mask", self.missing_mask, MISSING_MASKS)
+            if self.mask is None:
+                raise UsageError("--missing-mask requires --mask-column, which names the column of the masks")
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -105,6 +116,12 @@ class Columns:
     def labels(self) -> tuple[LabelColumn, ...]:
         """The columns of labels; empty if no label was requested."""
         return tuple(map(LabelColumn.parse, self.label.split(","))) if self.label is not None else ()
+
+    @property
+    def lacking(self) -> str:
+        """What rows that are skipped lack: "label", "mask", or "label or mask"."""
+        given = {"label": self.missing_label, "mask": self.missing_mask}
+        return " or ".join(what for what, rule in given.items() if rule == "skip") or "label"
 
     @property
     def has_label_features(self) -> bool:

@@ -13,13 +13,17 @@ from typing import Any, Final
 from beam_nifti.config.choices import choose
 from beam_nifti.errors import UsageError
 from beam_nifti.support.calls import format_call, parse_call, split_call
+from beam_nifti.support.rules import parse_rule, spell_rule
 
 PREPARATIONS: Final = (
-    *("preprocess", "orientation", "reference", "spacing", "resize", "resize_longest", "interpolation"),
-    *("mask_interpolation", "antialias", "separate_z"),
+    *("nonfinite", "preprocess", "orientation", "reference", "spacing", "resize", "resize_longest"),
+    *("interpolation", "mask_interpolation", "antialias", "separate_z"),
     *("crop_foreground", "shape"),
 )
 """Fields of RecordConfig for the preparation of a volume, in the order in which they apply."""
+
+NONFINITE: Final = ("error", "zero", "min", "value:V")
+"""What becomes of NaN and infinite voxels; V is in the image's units."""
 
 RESAMPLINGS: Final = ("align", "reference", "spacing", "resize", "resize_longest")
 """Fields of RecordConfig that resample a volume."""
@@ -108,6 +112,18 @@ def check_steps(steps: tuple[str, ...], digests: tuple[str, ...]) -> None:
         raise UsageError(
             f"--preprocess has {len(steps)} functions, but {len(digests)} digests of their files"
         )
+
+
+def spell_nonfinite(rule: str) -> str | None:
+    """Give what becomes of NaN and infinite voxels its one spelling; None if they are an error.
+
+    >>> spell_nonfinite("value:-1024.0"), spell_nonfinite("value:0"), spell_nonfinite("error")
+    ('value:-1024', 'zero', None)
+    """
+    method, numbers = parse_rule("--nonfinite", rule, NONFINITE)
+    if method == "error":
+        return None
+    return "zero" if numbers == (0.0,) else spell_rule(method, numbers)
 
 
 def check_orientation(code: str) -> None:

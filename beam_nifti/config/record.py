@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Final
 
 from beam_nifti.config.choices import choose
 from beam_nifti.config.columns import LabelColumn
+from beam_nifti.config.label_map import parse_label_map, spell_label_map
 from beam_nifti.config.preparation import (
     ALIGNMENTS,
     INTERPOLATIONS,
@@ -26,8 +28,10 @@ from beam_nifti.config.preparation import (
     check_spacing,
     check_steps,
     one_or_more,
+    spell_nonfinite,
 )
 from beam_nifti.config.rescaling import RESCALE_METHODS, SELECTIONS
+from beam_nifti.config.statistics import ChannelStatistics, CohortStatistics
 from beam_nifti.errors import UsageError
 from beam_nifti.support.rules import parse_rule, spell_rule
 from beam_nifti.support.strict_json import dump_json
@@ -45,6 +49,9 @@ datasets of earlier revisions."""
 VOXEL_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8", "native")
 
 LATER_OPTIONS: Final = (
+    "nonfinite",
+    "map_labels",
+    "max_frames",
     "align",
     "reference",
     "resize",
@@ -53,6 +60,8 @@ LATER_OPTIONS: Final = (
     "mask_interpolation",
     "antialias",
     "separate_z",
+    "rescale_split",
+    "rescale_stats",
 )
 """Options that dataset_info.json contains only if they are given, as it did before they existed."""
 
@@ -67,6 +76,12 @@ COMPRESSIONS: Final = ("gzip", "none")
 
 COMPRESSION_LEVELS: Final = range(4)
 
+MOST_FRAMES: Final = 1 << 16
+"""Largest value of `max_frames`: so many positions are looked at for each image."""
+
+_FLAGS: Final = {"channels": "--path-column", "preprocess_sha256": "a file of --preprocess with sha256"}
+_UNBOUNDED: Final = ("zscore", "cohort:zscore")
+
 
 @dataclass(frozen=True)
 class RecordConfig:
@@ -76,6 +91,7 @@ class RecordConfig:
     apply. docs/preparation.md describes the preparations in order. The build sets the others:
 
     Attributes:
+        rescale_stats: statistics of the cohort, which `rescale` refers to; None before they are measured.
         preprocess_sha256: sha256 of the file that defines the function of `preprocess`, or a tuple of them.
         channels: columns of the images that are the channels of a record, in order; None if a record has a
             single image.
@@ -91,9 +107,13 @@ class RecordConfig:
     compression: str = "gzip"
     compression_level: int = 2
     frames: str | None = None
+    max_frames: int | None = None
     clip: bool = False
     rescale_within: str | None = None
+    rescale_split: str | None = None
+    rescale_stats: CohortStatistics | None = None
     complex: str | None = None
+    nonfinite: str | None = None
     preprocess: str | tuple[str, ...] | None = None
     preprocess_sha256: str | tuple[str, ...] | None = None
     orientation: str | None = None
@@ -110,6 +130,7 @@ class RecordConfig:
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
     mask_dtype: str | None = None
+    map_labels: str | None = None
     labels: tuple[LabelColumn, ...] | None = None
     format_version: int = FORMAT_VERSION
     format_features: tuple[str, ...] = FORMAT_FEATURES
@@ -124,10 +145,13 @@ class RecordConfig:
         for name in ("resize", "shape", "channels"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(values))
+        if isinstance(self.rescale_stats, dict):
+            object.__setattr__(self, "rescale_stats", CohortStatistics.of(self.rescale_stats))
         object.__setattr__(self, "preprocess", one_or_more(all_of(self.preprocess)))
         object.__setattr__(self, "preprocess_sha256", one_or_more(self.preprocess_sha256))
         if self.mask_dtype is not None:
             choose("--mask-dtype", self.mask_dtype, MASK_DTYPES)
+        self._check_label_map()
         self._check_rescaling()
         choose("--voxel-dtype", self.voxel_dtype, VOXEL_DTYPES)
         choose("--compression", self.compression, COMPRESSIONS)
@@ -136,12 +160,24 @@ class RecordConfig:
         if self.voxel_dtype == "uint8" and not self.is_bounded:
             within = f" --rescale-within {self.rescale_within}" if self.rescale_within else ""
             others = "percentile" if within else "percentile or window"
-            method = f" with {others}" if self.method in ("zscore", "none") else ""
+            method = f" with {others}" if self.method in (*_UNBOUNDED, "none") else ""
             raise UsageError(
                 f"--voxel-dtype uint8 holds only [0, 1], and --rescale {self.rescale}{within} gives values "
                 f"outside it; use --clip{method}, or --voxel-dtype float16"
             )
         self._check_preparation()
+
+    def _check_label_map(self) -> None:
+        if self.map_labels is None:
+            return
+        object.__setattr__(self, "map_labels", spell_label_map(self.label_map))
+        if self.mask_dtype == MASK_DTYPES[0]:
+            for old, new in self.label_map.items():
+                if new > 255:
+                    raise UsageError(
+                        f"--map-labels maps {old} to {new}, which {self.mask_dtype} cannot hold; use "
+                        f"--mask-dtype {MASK_DTYPES[-1]}"
+                    )
 
     def _check_frames(self) -> None:
         if self.frames is not None and not re.fullmatch(
@@ -150,6 +186,11 @@ class RecordConfig:
             raise UsageError(f"--frames is {self.frames!r}; choose one of: {', '.join(FRAMES)} (from 0)")
         if self.frames == "0":
             object.__setattr__(self, "frames", "first")
+        if self.max_frames is not None:
+            if self.frames != "each":
+                raise UsageError("--max-frames is for --frames each; add that, or drop it")
+            if not 1 <= self.max_frames <= MOST_FRAMES:
+                raise UsageError(f"--max-frames is {self.max_frames}; give 1 to {MOST_FRAMES}")
         if self.frames == "each" and self.channels is not None:
             raise UsageError(
                 "--frames each makes examples of the frames of one image, but --path-column names several "
@@ -172,7 +213,7 @@ class RecordConfig:
         method, numbers = parse_rule("--rescale", self.rescale, RESCALE_METHODS)
         if numbers and not numbers[0] < numbers[1]:
             raise UsageError(f"--rescale is {self.rescale!r}; LO must be below HI")
-        if method == "percentile" and not (numbers[0] >= 0 and numbers[1] <= 100):
+        if method.endswith("percentile") and not (numbers[0] >= 0 and numbers[1] <= 100):
             raise UsageError(f"--rescale is {self.rescale!r}; percentiles are between 0 and 100")
         object.__setattr__(self, "rescale", spell_rule(method, numbers))
         if self.rescale_within is not None:
@@ -183,13 +224,21 @@ class RecordConfig:
                     f"--rescale-within has no effect on --rescale {self.rescale}, which does not depend on "
                     "the voxels; drop it"
                 )
-        if self.clip and (method in ("zscore", "none") or not self.has_range):
+        for name in ("rescale_split", "rescale_stats"):
+            if getattr(self, name) is not None and not self.is_of_cohort:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} has no effect on --rescale {self.rescale}, which does not "
+                    "depend on the cohort; drop it, or use --rescale cohort:zscore"
+                )
+        if self.clip and (method in (*_UNBOUNDED, "none") or not self.has_range):
             raise UsageError(
                 f"--clip cannot be used with --rescale {self.rescale}, only with percentile, window, or "
                 "minmax with --rescale-within; drop it"
             )
 
     def _check_preparation(self) -> None:
+        if self.nonfinite is not None:
+            object.__setattr__(self, "nonfinite", spell_nonfinite(self.nonfinite))
         check_steps(all_of(self.preprocess), all_of(self.preprocess_sha256))
         if self.orientation is not None:
             check_orientation(self.orientation)
@@ -239,10 +288,94 @@ class RecordConfig:
         is_known = self.format_version > 1 and "positions" in self.format_features
         return self.mask_dtype is not None and is_known
 
-    @property
+    @cached_property
     def method(self) -> str:
         """The method of `rescale`, without its numbers."""
-        return self.rescale.partition(":")[0]
+        return parse_rule("--rescale", self.rescale, RESCALE_METHODS)[0]
+
+    @property
+    def is_of_cohort(self) -> bool:
+        """Whether `rescale` depends on statistics of the cohort, and not of one volume."""
+        return self.method.startswith("cohort:")
+
+    @property
+    def measured_splits(self) -> tuple[str, ...]:
+        """The splits whose volumes are measured."""
+        return tuple((self.rescale_split or "train").split(","))
+
+    @property
+    def measured_options(self) -> tuple[tuple[str, str], ...]:
+        """Names and values of the options that decide which voxels statistics of the cohort are of."""
+        names = (
+            *("channels", "frames", "max_frames", "complex", "map_labels", "align", *PREPARATIONS),
+            *("preprocess_sha256", "rescale_within"),
+        )
+        given = ((name, getattr(self, name)) for name in names)
+        return tuple((name, _spelled(value)) for name, value in given if value is not None)
+
+    @cached_property
+    def cohort_ranges(self) -> tuple[tuple[float, float], ...] | None:
+        """The intensities of each channel that become 0 and 1; None if those are not of the cohort.
+
+        Raises:
+            UsageError: the statistics are not measured yet, or do not have them.
+        """
+        if not self.is_of_cohort:
+            return None
+        if self.rescale_stats is None:
+            raise UsageError(f"--rescale {self.rescale} requires statistics; give them with --rescale-stats")
+        return tuple(map(self._range_of, self.rescale_stats.channels))
+
+    def _range_of(self, channel: ChannelStatistics) -> tuple[float, float]:
+        if self.method == "cohort:zscore":
+            low, high = channel.mean, channel.mean + channel.std
+        else:
+            values = dict(channel.percentiles)
+            missing = [p for p in self.rescale_numbers if p not in values]
+            if missing:
+                raise UsageError(
+                    f"--rescale-stats has no percentile {missing[0]:g}, which --rescale {self.rescale} "
+                    f"requires; measure with `beam-nifti analyze --rescale {self.rescale}`"
+                )
+            low, high = (values[p] for p in self.rescale_numbers)
+        if not (low < high and math.isfinite(high - low)):
+            raise UsageError(
+                f"--rescale {self.rescale} would map {low:g} to 0 and {high:g} to 1, which is no range; use "
+                "another --rescale, or other voxels with --rescale-within"
+            )
+        return low, high
+
+    def require_own_statistics(self) -> None:
+        """Refuse statistics of other voxels than those of this configuration.
+
+        Raises:
+            UsageError: they were measured with other options or of other splits, or lack a number.
+        """
+        if self.rescale_stats is None:
+            return
+        found, wanted = dict(self.rescale_stats.options), dict(self.measured_options)
+        for name in dict.fromkeys([*wanted, *found]):
+            is_known = name != "preprocess_sha256" or self.preprocess_sha256 is not None
+            if found.get(name) != wanted.get(name) and is_known:
+                flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")
+                was, now = (
+                    f"{flag} {each[name]}" if name in each else f"no {flag}" for each in (found, wanted)
+                )
+                raise UsageError(
+                    f"--rescale-stats was measured with {was}, but this build has {now}; measure again with "
+                    "the options of the build, or without --rescale-stats"
+                )
+        if self.rescale_split is not None and set(self.measured_splits) != set(self.rescale_stats.splits):
+            raise UsageError(
+                f"--rescale-split is {self.rescale_split}, but --rescale-stats was measured of "
+                f"{','.join(self.rescale_stats.splits)}; drop one of them"
+            )
+        if len(self.rescale_stats.channels) != self.num_channels:
+            raise UsageError(
+                f"--rescale-stats has {len(self.rescale_stats.channels)} channels, but records have "
+                f"{self.num_channels}; measure again with the options of the build"
+            )
+        _ = self.cohort_ranges
 
     @property
     def rescale_numbers(self) -> tuple[float, ...]:
@@ -252,7 +385,11 @@ class RecordConfig:
     @property
     def has_range(self) -> bool:
         """Whether a record must store which intensities became 0 and 1: its range does not show them."""
-        return self.method in ("percentile", "window", "zscore") or self.rescale_within is not None
+        return (
+            self.method in ("percentile", "window", "zscore")
+            or self.is_of_cohort
+            or self.rescale_within is not None
+        )
 
     @property
     def rescaled_dtype(self) -> str:
@@ -265,9 +402,26 @@ class RecordConfig:
         return self.clip or (self.method == "minmax" and not self.has_range)
 
     @property
+    def label_map(self) -> dict[int, int]:
+        """The new label of each label of masks that is mapped to another one."""
+        return {} if self.map_labels is None else parse_label_map(self.map_labels)
+
+    @property
     def num_channels(self) -> int:
         """Images per record. Each is rescaled on its own."""
         return len(self.channels or (None,))
+
+    def required_shape(self, shape: tuple[int, ...] | None) -> tuple[int | None, ...] | None:
+        """The shape that every volume of a dataset must have; None, or None for an axis, if it may differ.
+
+        `shape` is that of the dataset; None if shapes are mixed.
+        """
+        if shape is None and self.channels is not None:
+            return (None, None, None, self.num_channels)
+        if shape is None and self.frames != "all":
+            # Of mixed shapes the reader knows no more than the one channel of 3-D volumes.
+            return (None, None, None)
+        return shape
 
     @property
     def steps(self) -> tuple[tuple[str, str | None], ...]:
@@ -309,3 +463,12 @@ class RecordConfig:
         if not self.clip:
             del facts["clip"]
         return hashlib.sha256(dump_json(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _spelled(value: object) -> str:
+    """The value of an option as text."""
+    if isinstance(value, tuple):
+        return ",".join(map(_spelled, value))
+    if isinstance(value, ReferenceGrid):
+        return f"{value} with the affine {_spelled(value.affine)}"
+    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

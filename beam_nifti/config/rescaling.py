@@ -7,7 +7,10 @@ from typing import Final
 
 from beam_nifti.support.rules import spell_rule
 
-RESCALE_METHODS: Final = ("minmax", "percentile:LO,HI", "window:LO,HI", "zscore", "none")
+RESCALE_METHODS: Final = (
+    *("minmax", "percentile:LO,HI", "window:LO,HI", "zscore", "none"),
+    *("cohort:zscore", "cohort:percentile:LO,HI"),
+)
 SELECTIONS: Final = ("nonzero", "above:T", "mask")
 """Which voxels: those that are not 0, those above T in the image's units, or those that the mask labels."""
 

@@ -71,7 +71,7 @@ def write_card(output: str, about: Mapping[str, str], *, overwrite: bool = False
 
 def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
     """The content of README.md, with the header that Hugging Face's hub reads. `about` has a "name"."""
-    name, split = about["name"], next(iter(info.splits))
+    name = about["name"]
     folder = output.rpartition("/")[2]
     header = {"pretty_name": name, "tags": ["nifti", "tfrecord"]}
     header |= _license(about["license"]) if "license" in about else {}
@@ -86,14 +86,14 @@ def make_card(output: str, info: DatasetInfo, about: Mapping[str, str]) -> str:
         "NIfTI volumes as TFRecords, written by beam-nifti. Contents:",
         textwrap.indent(_describe(output, info, folder), "    "),
         "`dataset_info.json` has all details, and `index/` has one row per record. Records are "
-        "`tf.train.Example`s of these features, of which the tensors are serialized:",
+        "`tf.train.Example`s with these features; tensors are as `tf.io.serialize_tensor` writes them:",
         "\n".join(("| feature | dtype | shape |", "|---|---|---|", *_feature_rows(info))),
         "With TensorFlow:",
         f"```python\nfrom beam_nifti.reader import load_dataset\n\n"
         f"dataset = {info.loading_call(folder, shuffle=True)}\n```",
         "With PyTorch, or by number:",
         f"```python\nfrom beam_nifti.random_access import Dataset\n\n"
-        f"records = Dataset({folder!r}, {split!r})\nelement = records[0]\n```",
+        f"records = Dataset({folder!r}, {info.first_split!r})\nelement = records[0]\n```",
         *(f"{title}: {_as_text(about[key])}" for key, title in _FURTHER.items() if key in about),
     ]
     return "\n\n".join(paragraphs) + "\n"

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -20,10 +20,12 @@ from beam_nifti.manifest.labels import SHOWN_CLASSES, comparable
 from beam_nifti.manifest.manifest import frame_id
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.failures import failed_frames
+from beam_nifti.pipeline.statistics_file import statistics_rows
 from beam_nifti.record.dataset_files import read_failures_list
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.shard_index import read_shard_index
+from beam_nifti.record.totals import RecordTotals
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
 from beam_nifti.support.outcomes import may_pass
@@ -54,7 +56,9 @@ def describe_dataset(output: str) -> dict[str, Any]:
 
     Among them are `splits` (examples, shards and bytes of each), `shape` (None if shapes are mixed; `shapes`
     counts them), `labels` (None if there are none), `label_columns` (of labels with features of their own)
-    and `intensities`, in the images' units.
+    and `intensities`, in the images' units. If these options were given, there are also `nonfinite`
+    (`num_voxels` that were replaced, `num_examples` that had them), `mapped_labels` (`old`, `new`, and the
+    `num_examples` that had the old label) and, with `--missing-mask empty`, `num_unmasked`.
     """
     output = storage.absolute(output)
     return describe(output, read_info(output))
@@ -65,8 +69,12 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
     channels = info.config.get("channels") or ("",)
     labels, of_labels = _Numbers(), [_LabelTotals(column) for column in info.labels]
     intensities = defaultdict[str, _Numbers](_Numbers)
-    dtypes, shapes = Counter[str](), Counter[str]()
+    columns, num_unmasked = info.columns, 0
+    dtypes, shapes, totals = Counter[str](), Counter[str](), RecordTotals()
     for _, _, table in read_indexes(output, info):
+        totals += RecordTotals.of(table)
+        if columns.missing_mask == "empty" and extra_column(columns.mask or "") in table.column_names:
+            num_unmasked += sum(not cell for cell in table[extra_column(columns.mask or "")].to_pylist())
         labels.add(table["label"])
         for of_label in of_labels:
             of_label.add(table)
@@ -97,18 +105,22 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
         "label_columns": {of.column.name: of.summary() for of in of_labels},
         "intensities": {name: numbers.summary() for name, numbers in intensities.items()},
         "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
+        **({"num_unmasked": num_unmasked} if columns.missing_mask == "empty" else {}),
+        **({"mapped_labels": totals.mapped(info.record_config)} if info.config.get("map_labels") else {}),
+        **({"nonfinite": totals.nonfinite()} if info.config.get("nonfinite") else {}),
         "failures": {
             "count": info.num_failures,
             "path": storage.join(output, info.failures) if info.failures else None,
         },
         "config": dict(info.config),
+        "withdrawals": list(map(asdict, info.withdrawals)),
         "manifest": dict(info.manifest),
         "versions": dict(info.versions),
     }
 
 
 def describe_record(output: str, example_id: str) -> dict[str, Any]:
-    """The index's row of one record, with its split, shard and ordinal."""
+    """The index's row of one record, with its split, shard and 0-based number in the shard."""
     return describe_records(output, [example_id])[0]
 
 
@@ -130,7 +142,7 @@ def describe_records(output: str, example_ids: Sequence[str]) -> list[dict[str, 
             ordinal = pc.index(table["example_id"], example_id).as_py()
             if ordinal >= 0:
                 (cells,) = table.slice(ordinal, 1).to_pylist()
-                place = {"split": split, "shard": shard.name, "ordinal": ordinal}
+                place = {"split": split, "shard": shard.name, "number_in_shard": ordinal}
                 cells = {f"manifest_{name}" if name in place else name: cell for name, cell in cells.items()}
                 found[example_id] = {"example_id": example_id, **place, **cells}
         if all(example_id in found for example_id in example_ids):
@@ -267,6 +279,11 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     within = f" within {config['rescale_within']}" if config.get("rescale_within") else ""
     rescale = f"rescale {config['rescale']}{within}{', clipped' if config.get('clip') else ''}"
     yield "written with", f"{rescale}, compression {config['compression']}{level}{frames}"
+    if config.get("rescale_stats"):
+        found = config["rescale_stats"]
+        yield "statistics", f"{counted(found['num_volumes'], 'volume')} of {', '.join(found['splits'])}"
+        for name, text in statistics_rows(found):
+            yield f"  {name}" if name else "", text
     if config.get("channels"):
         yield "channels", ", ".join(config["channels"])
     prepared = [_option_text(name, config[name]) for name in PREPARATIONS if config.get(name) is not None]
@@ -280,18 +297,42 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for number, (name, numbers) in enumerate(d["intensities"].items()):
         width = max(map(len, d["intensities"])) + 1
         yield "" if number else "intensities", f"{name:<{width}}{_numbers_text(numbers)}"
+    if replaced := d.get("nonfinite"):
+        voxels, examples = (
+            counted(replaced["num_voxels"], "voxel"),
+            counted(replaced["num_examples"], "example"),
+        )
+        yield "not finite", f"{voxels} of {examples}, replaced"
     if d["mask_labels"] is not None:
         yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
+    if "num_unmasked" in d:
+        yield "  empty", f"in {counted(d['num_unmasked'], 'example')} without a mask"
+    for number, mapped in enumerate(d.get("mapped_labels", ())):
+        text = f"{mapped['old']} to {mapped['new']} in {counted(mapped['num_examples'], 'example')}"
+        yield "" if number else "  mapped", text
     yield (
         "failed",
         f"{counted(failures['count'], 'volume')}: {failures['path']}" if failures["count"] else "none",
     )
     skipped = manifest.get("num_skipped", 0)
-    yield "skipped", f"{counted(skipped, 'row')} without a label" if skipped else "none"
+    lacking = Columns(**config["columns"]).lacking
+    yield "skipped", f"{counted(skipped, 'row')} without a {lacking}" if skipped else "none"
+    for number, withdrawal in enumerate(d["withdrawals"]):
+        yield "" if number else "withdrawn", withdrawal_text(withdrawal)
     anonymous = ", anonymous ids" if manifest.get("key_check") else ""
-    of_frames = f" of {manifest['num_frames']} frames" if "num_frames" in manifest else ""
+    up_to = "up to " if config.get("max_frames") else ""
+    of_frames = f" of {up_to}{manifest['num_frames']} frames" if "num_frames" in manifest else ""
     yield "manifest", f"{manifest['path']}  ({counted(manifest['num_rows'], 'row')}{of_frames}{anonymous})"
     yield "versions", ", ".join(f"{name} {version}" for name, version in d["versions"].items())
+
+
+def withdrawal_text(withdrawal: Mapping[str, Any]) -> str:
+    """What was removed with participants who were withdrawn, given the fields of a `Withdrawal`."""
+    counts = (counted(withdrawal[f"num_{noun}s"], noun) for noun in ("example", "failure"))
+    people = counted(withdrawal["num_people"], "participant")
+    return (
+        f"{people} with {' and '.join(counts)}, in revision {withdrawal['revision']} ({withdrawal['time']})"
+    )
 
 
 def _option_text(name: str, value: str | bool | float | Sequence[str | float] | Mapping[str, Any]) -> str:

@@ -20,7 +20,9 @@ from beam_nifti.support.wording import counted, first_few, format_rows, one_line
 
 # Columns that are not compared. If the scaling differs, the statistics do.
 _PLACES: Final = ("example_id", "position", "offset", "length", "member_lengths", "row", *SCALING_FEATURES)
-_OF_FEATURES: Final = ("mask_labels", "mask_positions")  # not compared if only one dataset has them
+_OF_FEATURES: Final = ("mask_labels", "mask_positions", "mapped_labels", "num_nonfinite")
+"""Columns that are not compared if only one dataset has them."""
+
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
 _PERSON: Final = ("participant_id", "session_id")
 _PRINTED: Final = ("before", "after", "added", "removed", "config", "the same", "voxels")

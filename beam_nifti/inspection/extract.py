@@ -22,15 +22,17 @@ from beam_nifti.inspection.description import describe_records
 from beam_nifti.inspection.record_checks import RecordSpec, affine_of, check_record
 from beam_nifti.manifest.image_names import stem_of
 from beam_nifti.read.opening import open_dataset
+from beam_nifti.read.restoring import source_grid
 from beam_nifti.record.dataset_files import path_of
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.record.tfrecord import require_stored_size
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import size_text
-from beam_nifti.volume.grid import agreed_zooms
+from beam_nifti.volume.grid import Grid, agreed_zooms
 from beam_nifti.volume.nifti_writer import make_image, require_nifti_name, write_nifti
 from beam_nifti.volume.rescale import RescaleRange, Scaling, Voxels, restore_units
+from beam_nifti.volume.restoring import restore_voxels
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -51,6 +53,8 @@ class StoredVolume:
         zooms: voxel size along each axis, in millimetres, as in the affine.
         mask: labels of the voxels, uint8 or uint16 of shape (X, Y, Z), read-only; None if the dataset has no
             masks.
+        source_shape: shape of the image that the record was made of; None if the index does not have it.
+        source_affine: affine of that image, float64 (4, 4); None if the index does not have it.
     """
 
     example_id: str
@@ -59,6 +63,8 @@ class StoredVolume:
     affine: npt.NDArray[np.float64]
     zooms: tuple[float, float, float]
     mask: Voxels | None = None
+    source_shape: tuple[int, ...] | None = None
+    source_affine: npt.NDArray[np.float64] | None = None
 
     def __repr__(self) -> str:
         voxels = f"{size_text(self.voxels.shape)} {self.voxels.dtype}"
@@ -84,8 +90,32 @@ class StoredVolume:
     def of_mask(self) -> StoredVolume:
         """The mask as a volume. A record without a mask is a UsageError."""
         if self.mask is None:
-            raise UsageError(f"record {self.example_id!r} has no mask; build with --mask-column")
+            raise UsageError(f"record {self.example_id!r} has no mask; build with a column of masks")
         return replace(self, voxels=self.mask, scaling=Scaling())
+
+    def on_source_grid(self) -> StoredVolume:
+        """The volume and its mask on the grid of the image that the record was made of.
+
+        As `beam_nifti.restore`: floats are interpolated linearly where the record was resampled, and integers
+        never. Where the record does not cover the image, voxels have the least value of their channel in the
+        record, as in padding, and the mask is 0.
+
+        Raises:
+            DatasetError: the index does not have the grid of that image.
+        """
+        cells = {"source_shape": self.source_shape, "source_affine": self.source_affine}
+        source = source_grid(f"record {self.example_id!r}", cells)
+        grid, voxels, mask = Grid.of(self.voxels.shape, self.affine), self.voxels, self.mask
+        least = voxels.min if self.scaling.slope > 0 else voxels.max
+        return replace(
+            self,
+            voxels=restore_voxels(
+                voxels, grid, source, least(axis=(0, 1, 2)), is_linear=voxels.dtype.kind == "f"
+            ),
+            affine=source.affine,
+            zooms=source.zooms,
+            mask=None if mask is None else restore_voxels(mask, grid, source, 0, is_linear=False),
+        )
 
 
 def read_volume(output: str, example_id: str) -> StoredVolume:
@@ -132,7 +162,17 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
     affine = affine_of(cells)
     x, y, z = agreed_zooms(affine, cells["zooms"]).tolist()
     mask = decode_tensor(features[MASK_FEATURE]) if MASK_FEATURE in features else None  # type: ignore[arg-type]
-    return StoredVolume(cells["example_id"], voxels, scaling, affine, (x, y, z), mask)
+    shape, source_affine = cells.get("source_shape"), cells.get("source_affine")
+    return StoredVolume(
+        cells["example_id"],
+        voxels,
+        scaling,
+        affine,
+        (x, y, z),
+        mask,
+        None if shape is None else tuple(shape),
+        None if source_affine is None else np.array(source_affine, np.float64).reshape(4, 4),
+    )
 
 
 def _restore(voxels: Voxels, cells: Mapping[str, Any], config: RecordConfig) -> Voxels:

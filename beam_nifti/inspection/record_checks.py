@@ -126,6 +126,8 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
         for number, name in enumerate(spec.config.channels):
             for problem in _check_intensities(voxels[..., number], features, cells, spec.config, number):
                 yield f"channel {name}: {problem}"
+    if spec.config.nonfinite is not None and min(as_list(cells["num_nonfinite"]), default=0) < 0:
+        yield f"the index has num_nonfinite {cells['num_nonfinite']}, which is below 0"
     if spec.config.mask_dtype is not None:
         yield from _check_mask(features, cells, voxels.shape[:3], spec.config)
 
@@ -148,6 +150,8 @@ def _check_mask(
         yield f"the mask has shape {mask.shape} of {mask.dtype.name}, expected {shape} of {dtype}"
     elif (found := labels_of(mask)) != cells["mask_labels"]:
         yield f"the mask has the labels {found}, but the index has {cells['mask_labels']}"
+    elif not set(cells.get("mapped_labels") or ()) <= config.label_map.keys():
+        yield f"mapped_labels of the index are {cells['mapped_labels']}, which --map-labels does not map"
     elif config.has_positions and positions_of(mask) != cells["mask_positions"]:
         yield "mask_positions of the index are not those of its mask"
 
@@ -237,7 +241,7 @@ def _check_intensities(
     if config.has_range:
         names = ("rescale_low", "rescale_high")
         low, high = (decode_doubles(features[name])[number] for name in names)
-        wrong = list(_check_rescale_range(low, high, intensity, config))
+        wrong = list(_check_rescale_range(low, high, intensity, config, number))
         yield from wrong
         if wrong:
             return
@@ -252,12 +256,14 @@ def _check_intensities(
 
 
 def _check_rescale_range(
-    low: float, high: float, intensity: Intensity, config: RecordConfig
+    low: float, high: float, intensity: Intensity, config: RecordConfig, number: int
 ) -> Iterator[str]:
     """Find where the rescale range is none, or not that of the configuration."""
     if not low < high:
         yield f"rescale_low is {low:g} and rescale_high {high:g}, which is not a range"
     expected: tuple[float, ...] = config.rescale_numbers if config.method == "window" else ()
+    if (ranges := config.cohort_ranges) is not None:
+        expected = ranges[number]
     if config.method == "zscore" and config.rescale_within is None:
         expected = (intensity.mean, intensity.mean + intensity.std)
     if expected and (low, high) != expected:
@@ -286,7 +292,7 @@ def check_source(
     """
     row = replace(row, labels=_labels_in(cells, config.labels or ()))
     if config.frames == "each":
-        config = replace(config, frames=str(cells["frame"]))
+        config = replace(config, frames=str(cells["frame"]), max_frames=None)
     try:
         with redacting(row, folder):
             volume = load_volume(row, folder, record=config)
@@ -320,6 +326,17 @@ def check_source(
                 yield f"the index has {name} {said:g}, but {image} has {found:g}; {_REMAKE}"
     if cells["dtype"] != volume.dtype:
         yield f"the index has dtype {cells['dtype']}, but its image has {volume.dtype}; {_REMAKE}"
+    if config.nonfinite is not None:
+        replaced, counted = as_list(cells["num_nonfinite"]), list(volume.num_nonfinite)
+        if replaced != counted:
+            yield (
+                f"the index has num_nonfinite {show(replaced)}, but its image has {show(counted)}; {_REMAKE}"
+            )
+    if config.map_labels is not None and cells["mapped_labels"] != list(volume.mapped_labels or ()):
+        found = show(volume.mapped_labels or ())
+        yield (
+            f"the index has mapped_labels {show(cells['mapped_labels'])}, but its mask has {found}; {_REMAKE}"
+        )
     if not config.has_sources:
         return
     for name, has in (("source_shape", volume.source.shape), ("source_affine", volume.source.affine)):

@@ -18,6 +18,7 @@ from beam_nifti.errors import ShardError
 from beam_nifti.inspection.problems import Problems, Scope
 from beam_nifti.inspection.record_checks import RecordSpec, check_record
 from beam_nifti.inspection.table_checks import check_index, check_people, check_places, index_rows, no_rows
+from beam_nifti.pipeline.withdrawal import people_in
 from beam_nifti.record.dataset_files import FILE_NAME, path_of
 from beam_nifti.record.dataset_info import ShardInfo
 from beam_nifti.record.index import mask_labels, parse_index, read_bytes
@@ -26,6 +27,7 @@ from beam_nifti.record.tfrecord import EMPTY_MEMBER, require_stored_size
 from beam_nifti.record.tiles import check_cuts
 from beam_nifti.record.versions import versions_in
 from beam_nifti.storage import paths as storage
+from beam_nifti.volume.files import frames_of
 
 _READ_BYTES: Final = 1 << 22
 _BATCH_ROWS: Final = 256
@@ -91,10 +93,12 @@ class ShardPass:
     Attributes:
         rows: id, labels, split and these cells of the records, once the shard was read.
         numbers: row numbers of the records in the manifest.
+        lengths: frames of the image of each row, by its number, if images may differ in them.
         positions: positions of the first and the last of the records in the split.
         mask_labels: labels of the masks.
         versions: versions of the software that wrote the records, according to the index.
         columns: names of the columns of the index.
+        people: participants of the records, if some were withdrawn from the dataset.
     """
 
     def __init__(
@@ -115,10 +119,12 @@ class ShardPass:
         self._records = self._read()
         self.rows = no_rows(record, [*self._cells])
         self.numbers: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self.lengths = dict[int, int]()
         self.positions: tuple[int, int] | None = None
         self.mask_labels = set[int]()
         self.versions: list[dict[str, str]] = []
         self.columns: list[str] = []
+        self.people: list[str] = []
 
     def take(self) -> StoredRecord | None:
         """The next record; None at the end."""
@@ -155,7 +161,12 @@ class ShardPass:
                 self._tell(shard.index, f"is not the file that {FILE_NAME} describes; {_RESTORE}")
             table, facts = parse_index(data, path, limits=limits, known=known)
             self.versions = versions_in(facts)
-            problems = list(check_index(table, facts, shard, self._record, is_sparse=self._spec.is_sparse))
+            is_sparse, may_lack_masks = self._spec.is_sparse, self._spec.info.columns.missing_mask == "empty"
+            problems = list(
+                check_index(
+                    table, facts, shard, self._record, is_sparse=is_sparse, may_lack_masks=may_lack_masks
+                )
+            )
             lacking = {*self._cells.values()}.difference(table.column_names)
             problems += (f"column {name} is missing" for name in sorted(lacking))
         except FileNotFoundError:
@@ -175,8 +186,13 @@ class ShardPass:
         for problem in check_people(table) if self._spec.ids_of_people else ():
             self._tell(shard.index, f"{problem}; {_RESTORE}")
         self.columns = table.column_names
+        if self._spec.info.withdrawn:
+            self.people = pc.unique(people_in(table, self._spec.info)).to_pylist()
         self.rows = index_rows(table, self._split, self._record, self._cells)
         self.numbers = table["row"].drop_null().to_numpy()
+        if self._record.max_frames is not None:
+            shapes = map(frames_of, table["source_shape"].to_pylist())
+            self.lengths = dict(zip(table["row"].to_pylist(), shapes, strict=True))
         if table.num_rows:
             self.positions = tuple(pc.min_max(table["position"]).as_py().values())
         if self._record.mask_dtype is not None:

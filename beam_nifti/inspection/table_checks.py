@@ -41,9 +41,13 @@ def check_info(info: DatasetInfo) -> Iterator[str]:
         yield f"{FILE_NAME}: num_failures is {info.num_failures}, but failures is {info.failures}"
     num_rows, num_frames = info.manifest.get("num_rows"), info.num_frames
     wanted = ((num_rows or 0) - info.num_skipped) * (num_frames or 1)
-    if info.num_examples + info.num_failures != wanted:
-        of_frames = f" of {num_frames} frames" if num_frames else ""
-        skipped = f", {info.num_skipped} without a label" if info.num_skipped else ""
+    most, found = wanted, info.num_examples + info.num_failures
+    if record.max_frames is not None:  # of which images may have fewer
+        wanted = wanted // record.max_frames
+    if not wanted <= found <= most:
+        up_to = "up to " if record.max_frames is not None else ""
+        of_frames = f" of {up_to}{num_frames} frames" if num_frames else ""
+        skipped = f", {info.num_skipped} without a {info.columns.lacking}" if info.num_skipped else ""
         yield (
             f"{FILE_NAME}: {counted(info.num_examples, 'example')} and "
             f"{counted(info.num_failures, 'failure')} do not make the manifest's "
@@ -64,10 +68,12 @@ def check_index(
     record: RecordConfig,
     *,
     is_sparse: bool = False,
+    may_lack_masks: bool = False,
 ) -> Iterator[str]:
     """Find what makes an index unusable: its columns, or the shard that it describes."""
     labels = [label.name for label in record.labels or ()]
-    yield from check_table(table, schema_of(record, labels).names, record, is_sparse=is_sparse)
+    names = schema_of(record, labels).names
+    yield from check_table(table, names, record, is_sparse=is_sparse, may_lack_masks=may_lack_masks)
     if facts.get("sha256") != shard.sha256:
         yield (f"written for a file of sha256 {facts.get('sha256')}, but {FILE_NAME} gives {shard.sha256}")
 
@@ -209,10 +215,11 @@ def check_rows(records: pa.Table, failures: pa.Table, failures_file: str | None)
     counts = pa.Table.from_struct_array(pc.value_counts(records["id"].combine_chunks()))
     twice = counts.filter(pc.greater(counts["counts"], 1)).rename_columns(["id", "times"])
     if twice.num_rows:
-        yield f"index: {twice.num_rows} ids occur more than once: {_named(twice, ['times'])}"
+        yield f"index: {counted(twice.num_rows, 'id', 'occur')} more than once: {_named(twice, ['times'])}"
     both = failures.filter(_is_in(failures, records))
     if both.num_rows:
-        yield f"{failures_file}: {both.num_rows} of its examples are in the shards: {_named(both)}"
+        found = counted(both.num_rows, "example", "are")
+        yield f"{failures_file}: {found} also in the shards: {_named(both)}"
 
 
 def compare_rows(known: pa.Table, wanted: pa.Table) -> Iterator[str]:
@@ -264,3 +271,16 @@ def find_strays(files: Collection[str], info: DatasetInfo, written: Collection[s
     for file in files:
         if file not in known and (temporary_of(file) or file) not in written:
             yield f"{file}: not in {FILE_NAME}, but a program that reads all shards reads it too; delete it"
+
+
+def find_removed(files: Collection[str], info: DatasetInfo) -> Iterator[str]:
+    """Find shards that withdrawals say are removed: files of their names, or shards of the same bytes."""
+    present = {shard.sha256: shard.name for shard in info.shards}
+    for withdrawal in info.withdrawals:
+        for shard in withdrawal.shards:
+            name = shard.name if shard.name in files else present.get(shard.sha256)
+            if name is not None:
+                yield (
+                    f"{name}: holds records of withdrawn participants, and is not removed; give the same "
+                    "`beam-nifti withdraw` again"
+                )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import shlex
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,11 +19,13 @@ from typing import Any, Final, Protocol, SupportsIndex
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from beam_nifti.config import Columns, RecordConfig, Sharding, Splitting, spell_steps
 from beam_nifti.errors import DatasetError, ManifestError, OutputBusyError, UsageError
 from beam_nifti.inspection.croissant import check_croissant
 from beam_nifti.inspection.problems import Problems, Scope
+from beam_nifti.inspection.rebuilding import require_functions, require_same_content
 from beam_nifti.inspection.record_checks import RecordSpec, RoundingNote, check_source
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
 from beam_nifti.inspection.table_checks import (
@@ -36,6 +38,7 @@ from beam_nifti.inspection.table_checks import (
     check_rows,
     compare_rows,
     failure_rows,
+    find_removed,
     find_strays,
     frame_rows,
     manifest_rows,
@@ -45,8 +48,9 @@ from beam_nifti.inspection.table_checks import (
 from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
-from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames
+from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames, ids_are_paths
 from beam_nifti.pipeline.resume import unfinished_names
+from beam_nifti.pipeline.withdrawal import people_of, refuse_withdrawn
 from beam_nifti.record.dataset_files import (
     CROISSANT_FILE,
     FILE_NAME,
@@ -58,13 +62,15 @@ from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.index import extra_column
 from beam_nifti.record.sharding import INDEX_FOLDER, Layout
 from beam_nifti.record.versions import record_versions, version_changes
+from beam_nifti.record.withdrawals import find_withdrawn
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import parse_integer
 from beam_nifti.support.process import keep_buffers
-from beam_nifti.support.wording import counted
-from beam_nifti.volume.user_function import load_functions
+from beam_nifti.support.wording import counted, first_few
 
 ALL: Final = 2**63 - 1  # for `deep`: every record
+_SHOWN: Final = 3  # names in a problem
+_ROW: Final = re.compile("[0-9]{1,18}")
 
 
 class OnProgress(Protocol):
@@ -142,12 +148,8 @@ def verify_dataset(
     splitting = Splitting(**drawn) if drawn else None
     record = info.record_config
     if deep:
-        if info.config["fingerprint"] in record.earlier_fingerprints:
-            raise UsageError(
-                f"--deep rebuilds records, but {output} was built by a version of beam-nifti that makes "
-                "different records from the same options; use that version, or drop --deep"
-            )
-        _require_functions(output, record, spell_steps(preprocess))
+        require_same_content(output, info, "--deep rebuilds records", ", or drop --deep")
+        require_functions(output, record, spell_steps(preprocess), "--deep")
     pseudonyms = _read_pseudonyms(output, info, manifest, anonymous_ids, deep)
     if deep and manifest is None:
         raise UsageError(
@@ -197,24 +199,6 @@ def _labels_and_split(columns: Columns, record: RecordConfig) -> set[str | None]
     return {columns.label, "split", *(label.name for label in record.labels or ())}
 
 
-def _require_functions(output: str, record: RecordConfig, named: str | tuple[str, ...] | None) -> None:
-    """Import the functions of a dataset's records, which run only if the user names them."""
-    if named == record.preprocess:
-        load_functions(record)
-        return
-    given = ", ".join(step for step, _ in RecordConfig(preprocess=named).steps)
-    if not record.steps:
-        raise UsageError(f"--preprocess is {given}, but {output} was built without a function; drop it")
-    asked = f"--preprocess is {given}" if named else "--deep runs only a function that you name"
-    built_with = ", then ".join(
-        f"{step}, defined in a file of sha256 {digest}" for step, digest in record.steps
-    )
-    flags = " ".join(f"--preprocess {shlex.quote(step)}" for step, _ in record.steps)
-    raise UsageError(
-        f"{asked}; {output} was built with {built_with}; to import and run that function here, give {flags}"
-    )
-
-
 def _refuse_rebuilt(output: str, info: DatasetInfo) -> None:
     """Refuse a dataset that was replaced meanwhile, because the build explains apparent problems."""
     try:
@@ -259,9 +243,11 @@ class _Verifier:
         self._cells = {} if wanted is None else _compared_cells(info, columns, wanted)
         self._problems = Problems()
         self._passes = list[ShardPass]()
+        self._people = list[str]()  # of failures
         self._lock = threading.Lock()
         self._num_examples = self._num_bytes = self._num_deep = 0
         self._num_rounded: Counter[int] = Counter()
+        self._failed_rows: list[tuple[str, int, Sequence[int]]] = []
 
     def report(self) -> Verification:
         info = self._info
@@ -272,8 +258,8 @@ class _Verifier:
             num_deep=self._num_deep,
             problems=self._problems.texts(),
             notes=tuple(
-                f"{info.shards[shard].name}: {count} records differ only by rounding from those rebuilt "
-                f"here; the versions differ: {self._versions_of(shard)}"
+                f"{info.shards[shard].name}: {counted(count, 'record', 'differ')} only by rounding from "
+                f"those rebuilt here; the versions differ: {self._versions_of(shard)}"
                 for shard, count in sorted(self._num_rounded.items())
             ),
         )
@@ -294,6 +280,7 @@ class _Verifier:
             files += (f"{INDEX_FOLDER}/{name}" for name in indexes)
             # Looked for afterwards: a build that begins in between has made none of the files.
             problems += find_strays(files, self._info, unfinished_names(self._output))
+            problems += find_removed(files, self._info)
         try:
             description = path_of(self._output, CROISSANT_FILE)
             if storage.exists(description):
@@ -375,6 +362,7 @@ class _Verifier:
         mask_labels = {label for found in self._passes for label in found.mask_labels}
         of_columns = check_columns(info.shards, [found.columns for found in self._passes])
         of_labels = check_mask_labels(mask_labels, info)
+        self._check_withdrawn()
         for problem in itertools.chain(of_columns, of_labels, self._check_positions(failures)):
             self._problems.add(Scope.DATASET, problem)
         if info.has_manifest:
@@ -382,16 +370,16 @@ class _Verifier:
             for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
                 self._problems.add(Scope.ROWS, problem)
         rows = None if wanted is None else manifest_rows(wanted, self._spec.config, cells)
-        if rows is not None and (frames := info.num_frames):
-            if rows.num_rows * frames > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:
+        if wanted is not None and rows is not None and (frames := info.num_frames):
+            per_row = self._frames_of_rows((wanted.kept_rows() + 1).tolist(), frames)
+            if sum(map(len, per_row)) > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:
                 self._problems.add(
                     Scope.ROWS,
                     f"{FILE_NAME}: num_frames is {frames}, too many for the {records.num_rows} records",
                 )
                 return
-            rows = frame_rows(rows, [range(frames)] * rows.num_rows)
-        if columns.id is None and "participant_id" not in info.manifest["columns"]:
-            # Paths are the ids then, and the list of failures holds them with the manifest's folder.
+            rows = frame_rows(rows, per_row)
+        if ids_are_paths(columns, info.manifest["columns"]):
             folder = storage.dirname(info.manifest["path"])
             records, failures = (relative_ids(t, folder) for t in (records, failures))
             rows = None if rows is None else relative_ids(rows, folder)
@@ -402,6 +390,32 @@ class _Verifier:
             for problem in compare_rows(known, rows):
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
+    def _check_withdrawn(self) -> None:
+        """Nothing here is of a participant who was withdrawn, nor in the manifest, if there is one."""
+        info, wanted = self._info, self._wanted
+        if not info.withdrawn:
+            return
+        people = {*self._people, *(name for found in self._passes for name in found.people)}
+        if found := find_withdrawn(people, info.withdrawn, info.withdrawals):
+            named = first_few(sorted(found), _SHOWN)
+            what = f"has records or failures of {counted(len(found), 'withdrawn participant')} ({named})"
+            self._problems.add(Scope.DATASET, f"{FILE_NAME}: {what}; run beam-nifti withdraw on a sound copy")
+        if wanted is not None:
+            try:
+                refuse_withdrawn(wanted, info)
+            except ManifestError as e:
+                for problem in e.problems:
+                    self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
+
+    def _frames_of_rows(self, numbers: Sequence[int], num_frames: int) -> list[Sequence[int]]:
+        """The frames of the image of each row that must be records or failures."""
+        if self._spec.config.max_frames is None:
+            return [range(num_frames)] * len(numbers)
+        lengths = {n: min(length, num_frames) for each in self._passes for n, length in each.lengths.items()}
+        # Of an image without a record, the failures tell; without these, its first frame is missing.
+        failed = {number: frames for _, number, frames in self._failed_rows}
+        return [range(lengths[n]) if n in lengths else failed.get(n, range(1)) for n in numbers]
+
     def _check_positions(self, failures: pa.Table) -> Iterator[str]:
         """Every split is cut into shards as config.sharding says, if its list of failures tells its rows."""
         info, frames = self._info, self._info.num_frames or 1
@@ -409,6 +423,12 @@ class _Verifier:
             return  # which is a problem of its own
         failed, passes = Counter(failures["split"].to_pylist()), iter(self._passes)
         sizes = {name: (split.num_examples + failed[name]) // frames for name, split in info.splits.items()}
+        if self._spec.config.max_frames is not None:
+            rows = {name: {n for split, n, _ in self._failed_rows if split == name} for name in info.splits}
+            for name, split in info.splits.items():
+                for found in itertools.islice(passes, len(split.shards)):
+                    rows[name].update(found.lengths)
+            sizes, passes = {name: len(numbers) for name, numbers in rows.items()}, iter(self._passes)
         layout = Layout(sizes, Sharding(**info.config["sharding"]), frames)
         for name, split in info.splits.items():
             positions = [found.positions for found in itertools.islice(passes, len(split.shards))]
@@ -440,15 +460,20 @@ class _Verifier:
             listed = read_manifest(path, self._columns, content=content, is_list=True)
             folder = storage.dirname(self._info.manifest["path"])
             found = failure_rows(listed, self._spec.config, [*self._cells], self._wanted, folder)
+            self._people = pc.unique(people_of(listed)).to_pylist()
             if frames:
-                found = frame_rows(found, failed_frames(listed, frames))
+                failed = failed_frames(listed, frames)
+                texts = listed.table["row"].to_pylist() if "row" in listed.table.column_names else []
+                numbers = (int(text) if _ROW.fullmatch(text) else 0 for text in texts)
+                self._failed_rows = list(zip(listed.splits.to_pylist(), numbers, failed, strict=False))
+                found = frame_rows(found, failed)
             if found.num_rows != count:
-                what = "frames" if frames else "lines"
+                has = counted(found.num_rows, "frame" if frames else "line")
                 problems.append(
-                    f"has {found.num_rows} {what}, but {FILE_NAME} gives {count} failures; copy it again"
+                    f"has {has}, but {FILE_NAME} gives {counted(count, 'failure')}; copy it again"
                 )
         except FileNotFoundError:
-            problems.append(f"is missing, but {FILE_NAME} gives {count} failures; copy it again")
+            problems.append(f"is missing, but {FILE_NAME} gives {counted(count, 'failure')}; copy it again")
         except ManifestError as e:
             problems.append("; ".join(e.problems))
         except DatasetError as e:

@@ -24,7 +24,7 @@ _PLACE: Final = re.compile(r"sub-[^/]*/(?:ses-[^/]*/)?(?!ses-)[^/]*/[^/]*")
 
 _LISTED_DEPTH: Final = 6  # folders that are listed, to find images that lie deeper
 _PARTICIPANTS: Final = "participants.tsv"
-_PREFIXES: Final = {"participant_id": "sub-", "session_id": "ses-"}
+PREFIXES: Final = {"participant_id": "sub-", "session_id": "ses-"}
 _STEM = re.compile(r"(?P<entities>(?:[A-Za-z0-9]+-[A-Za-z0-9+]+_)+)(?P<suffix>[A-Za-z0-9]+)")
 _SESSIONS = re.compile(r"(sub-[A-Za-z0-9+]+)/\1_sessions\.tsv")
 
@@ -52,6 +52,10 @@ class BidsImage:
     def session(self) -> tuple[str, str]:
         """Whose it is, and of which session."""
         return self.participant_id, self.session_id
+
+    def has(self, entities: Mapping[str, Collection[str]]) -> bool:
+        """Whether it has one of the labels of each key; "" is that of images without the key."""
+        return all(self.entities.get(key, "") in labels for key, labels in entities.items())
 
     @classmethod
     def parse(cls, path: str) -> BidsImage | None:
@@ -255,7 +259,7 @@ def _read_records(
         raise UsageError(f"{path}: no column {keys[0]!r}, only {', '.join(table.column_names)}")
     names = [name for name in table.column_names if name not in keys]
     ids = [
-        [_with_prefix(text, _PREFIXES[key]) for text in table[key].to_pylist()]
+        [_with_prefix(text, PREFIXES[key]) for text in table[key].to_pylist()]
         if key in table.column_names
         else [""] * table.num_rows
         for key in keys

@@ -14,7 +14,15 @@ import pyarrow as pa
 
 from beam_nifti.errors import UsageError
 from beam_nifti.manifest.bids import MISSING, BidsImage, Records, Study
-from beam_nifti.manifest.image_names import drop_second_halves, stem_of
+from beam_nifti.manifest.bids_choice import (
+    Row,
+    counts_text,
+    match_masks,
+    reason_for_none,
+    refuse_several,
+    varying,
+)
+from beam_nifti.manifest.image_names import drop_second_halves, is_of_macos, stem_of
 from beam_nifti.manifest.labels import parse_label
 from beam_nifti.manifest.lookalikes import find_lookalikes
 from beam_nifti.manifest.tables import Problems
@@ -23,6 +31,7 @@ from beam_nifti.storage.signatures import stand_in
 from beam_nifti.support.wording import counted, first_few
 
 _IMAGE_ID: Final = "image_id"
+_MASK: Final = "mask"
 _OWN: Final = frozenset(["participant_id", "session_id", _IMAGE_ID, "path", "label"])  # not copied
 _POINTER_BYTES: Final = 1 << 10  # most bytes of a file that may be a pointer to another one
 _SHOWN: Final = 3  # names in a note that concerns many
@@ -47,94 +56,183 @@ def find_bids_images(
     label: str | None = None,
     columns: Sequence[str] = (),
     all_images: bool = False,
+    mask_suffix: str | None = None,
+    derivatives: str | None = None,
 ) -> FoundImages:
     """The images of a BIDS study, or of one of its derivatives.
 
     Args:
         root: folder or URL of the study.
-        suffix: such as "T1w".
+        suffix: such as "T1w". Several, such as "T1w,FLAIR", become columns, with one row per session.
         folder: folder of the manifest; paths in it become relative. "" for none.
-        entities: labels of the images to select, by key; "" selects images without the key.
+        entities: labels of the images to select, by key; "" selects images without the key. A key such as
+            "FLAIR:run" is for images of that suffix alone, and the only kind for masks.
         label: column of participants.tsv or sessions.tsv with the label. Images without a value are skipped.
         columns: columns of the study's tables to copy.
         all_images: keep several images of a session, and name each in a column `image_id`.
+        mask_suffix: suffix of the masks, such as "mask" or "dseg", in a column `mask`. Images without a mask
+            are skipped.
+        derivatives: where the masks are: a folder of `derivatives`, or a path; None for `root`.
 
     Raises:
         UsageError: there are no such images, or several per session, or no such column.
         ManifestError: only some of the labels are numbers.
     """
     root = storage.absolute(root)
+    suffixes = _suffixes_of(suffix, entities or {}, mask_suffix, derivatives, all_images=all_images)
+    own = _OWN | {*(suffixes if len(suffixes) > 1 else ()), *([_MASK] if mask_suffix else ())}
     for name in columns:
-        if name in _OWN:
-            raise UsageError(f"--column {name}: every manifest has this column already; drop it")
+        if name in own:
+            raise UsageError(f"--column {name}: the manifest has this column already; drop it")
     study = Study.scan(root)
-    images, notes = _choose(study, suffix, entities or {})
-    _refuse_same_names(images)
-    if not all_images:
-        _refuse_several(root, images)
+    rows, notes = _choose_rows(study, suffixes, entities or {}, all_images=all_images)
+    masks = list[BidsImage]()
+    mask_root = _mask_folder(root, derivatives)
+    if mask_suffix is not None:
+        of_masks = study if mask_root == root else Study.scan(mask_root)
+        chosen = _entities_of(mask_suffix, entities or {}, has_own=True)
+        rows, masks, more = match_masks(of_masks, mask_suffix, chosen, rows)
+        notes += more
     copied = {**({} if label is None else {"label": label}), **dict(zip(columns, columns, strict=True))}
     cells = dict[str, list[str]]()
     if copied:
-        records = Records(study, copied.values(), images)
-        notes += _notes_on_records(records, images)
+        firsts = [row[0] for row in rows]
+        records = Records(study, copied.values(), firsts)
+        notes += _notes_on_records(records, firsts)
         if label is not None:
-            images, more = _with_label(root, images, records, label)
+            images, more = _with_label(root, firsts, records, label)
+            kept = {image.path for image in images}
+            masks = [mask for row, mask in zip(rows, masks, strict=False) if row[0].path in kept]
+            rows = [row for row in rows if row[0].path in kept]
             notes += more
-        cells = {name: [records.cell(image, column) for image in images] for name, column in copied.items()}
-    paths = [storage.join(root, image.path) for image in images]
+        cells = {name: [records.cell(row[0], column) for row in rows] for name, column in copied.items()}
+    names = ["path"] if len(suffixes) == 1 else suffixes
+    files = {
+        name: [storage.join(root, row[number].path) for row in rows] for number, name in enumerate(names)
+    }
+    if masks:
+        files[_MASK] = [storage.join(mask_root, mask.path) for mask in masks]
+    paths = [path for found in files.values() for path in found]
     storage.require_text(paths)
-    notes += _notes_on_content(paths)
-    table = {"participant_id": [image.participant_id for image in images]}
-    if any("ses" in image.entities for image in images):
-        table["session_id"] = [image.session_id for image in images]
+    notes += notes_on_content(paths)
+    table = {"participant_id": [row[0].participant_id for row in rows]}
+    if any("ses" in row[0].entities for row in rows):
+        table["session_id"] = [row[0].session_id for row in rows]
     if all_images:
-        table[_IMAGE_ID] = [image.stem for image in images]
-    table |= {"path": [path.removeprefix(folder and f"{folder}/") for path in paths], **cells}
-    for key, values in _varying(images).items():
-        table[f"entity_{key}" if key in _OWN | table.keys() | {"split"} else key] = values
+        table[_IMAGE_ID] = [row[0].stem for row in rows]
+    for name, found in files.items():
+        table[name] = [path.removeprefix(folder and f"{folder}/") for path in found]
+    table |= cells
+    for column, values in _entity_columns(suffixes, rows).items():
+        table[f"entity_{column}" if column in own | table.keys() | {"split"} else column] = values
     return FoundImages(pa.table(table), tuple(notes))
 
 
+def _entity_columns(suffixes: Sequence[str], rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The labels of entities that differ between images of a suffix; with several suffixes by SUFFIX_KEY."""
+    columns = dict[str, list[str]]()
+    for number, name in enumerate(suffixes):
+        prefix = f"{name}_" if len(suffixes) > 1 else ""
+        found = varying([row[number] for row in rows])
+        columns |= {f"{prefix}{key}": values for key, values in found.items()}
+    return columns
+
+
+def _suffixes_of(
+    suffix: str,
+    entities: Mapping[str, Sequence[str]],
+    mask_suffix: str | None,
+    derivatives: str | None,
+    *,
+    all_images: bool,
+) -> list[str]:
+    """The suffixes of the images; refuses options that do not go together."""
+    suffixes = suffix.split(",")
+    if "" in suffixes or len({*suffixes, mask_suffix}) <= len(suffixes):
+        raise UsageError(
+            f"--suffix is {suffix!r}{f', and --mask-suffix {mask_suffix}' if mask_suffix else ''}; name each "
+            "suffix once, such as T1w,FLAIR"
+        )
+    if len(suffixes) > 1 and all_images:
+        raise UsageError("--all-images requires a single --suffix, because several have one row per session")
+    if derivatives is not None and mask_suffix is None:
+        raise UsageError(
+            "--derivatives requires --mask-suffix; for images of a derivative, name its folder as DIR"
+        )
+    for name in suffixes if len(suffixes) > 1 else ():
+        if name in _OWN or (name == _MASK and mask_suffix):
+            raise UsageError(f"--suffix {name}: the manifest has this column already; make two manifests")
+    for key, labels in entities.items():
+        of, colon, _ = key.rpartition(":")
+        if colon and of not in (*suffixes, mask_suffix):
+            raise UsageError(f"--entity {key}={labels[0]}: {of!r} is no suffix of --suffix or --mask-suffix")
+    return suffixes
+
+
+def _mask_folder(root: str, derivatives: str | None) -> str:
+    if derivatives is None:
+        return root
+    return storage.absolute(
+        derivatives if "/" in derivatives else storage.join(root, "derivatives", derivatives)
+    )
+
+
+def _entities_of(
+    suffix: str, entities: Mapping[str, Sequence[str]], *, has_own: bool = False
+) -> dict[str, Sequence[str]]:
+    """The labels for a suffix: those of its own, and those for all images unless it `has_own` alone."""
+    found = {} if has_own else {key: labels for key, labels in entities.items() if ":" not in key}
+    own = {key.partition(":")[2]: labels for key, labels in entities.items() if key.startswith(f"{suffix}:")}
+    return {**found, **own}
+
+
+def _choose_rows(
+    study: Study, suffixes: Sequence[str], entities: Mapping[str, Sequence[str]], *, all_images: bool
+) -> tuple[list[Row], list[str]]:
+    """The images of each row of the manifest, one of each suffix, and notes on all others."""
+    by_suffix, notes = list[list[BidsImage]](), list[str]()
+    for suffix in suffixes:
+        prefix = f"{suffix}:" if len(suffixes) > 1 else ""
+        images, more = _choose(study, suffix, _entities_of(suffix, entities), prefix)
+        _refuse_same_names(images)
+        if not all_images:
+            groups = itertools.groupby(images, key=lambda image: image.session)
+            refuse_several(study.root, [list(found) for _, found in groups], prefix, has_all=not prefix)
+        by_suffix.append(images)
+        notes += more
+    notes = [*_notes_on_names(study, suffixes), *notes]
+    if len(suffixes) == 1:
+        return [(image,) for image in by_suffix[0]], notes
+    of_session = [{image.session: image for image in images} for images in by_suffix]
+    common = sorted(set(of_session[0]).intersection(*of_session[1:]))
+    if not common:
+        raise UsageError(f"{study.root}: no session has an image of each of {', '.join(suffixes)}")
+    for suffix, found in zip(suffixes, of_session, strict=True):
+        lacking = sorted(set[tuple[str, str]]().union(*of_session) - found.keys())
+        if lacking:
+            names = [f"{participant}_{session}".rstrip("_") for participant, session in lacking]
+            notes.append(f"not used: {_named(names, 'session')} without {suffix}")
+    return [tuple(found[session] for found in of_session) for session in common], notes
+
+
 def _choose(
-    study: Study, suffix: str, entities: Mapping[str, Sequence[str]]
+    study: Study, suffix: str, entities: Mapping[str, Sequence[str]], prefix: str
 ) -> tuple[list[BidsImage], list[str]]:
-    """The images of a suffix and of some labels, and notes on all others."""
+    """The images of a suffix and of some labels, and notes on the others of the suffix."""
     of_suffix = study.images.get(suffix, ())
     if not of_suffix:
-        there = _counts(study.images) or "none"
+        there = counts_text(study.images) or "none"
         like = [name for name in study.images if name.lower() == suffix.lower()]
         hint = f"; did you mean {like[0]}?" if like else ""
         if not (study.images or like) and study.misplaced:
             hint = f"; {_named(study.misplaced, 'image')} outside the folders of BIDS"
         raise UsageError(f"{study.root}: no {suffix} images; there are: {there}{hint}")
-    images = [image for image in of_suffix if _is_chosen(image, entities)]
+    images = [image for image in of_suffix if image.has(entities)]
     if not images:
-        reasons = "; ".join(_reason_for_none(key, entities[key], of_suffix) for key in entities)
+        reasons = "; ".join(reason_for_none(key, entities[key], of_suffix, prefix) for key in entities)
         raise UsageError(f"{study.root}: none of the {len(of_suffix)} {suffix} images is selected: {reasons}")
     chosen = sorted(images, key=lambda image: (image.session, image.path))
-    return chosen, [*_notes_on_names(study, suffix), *_notes_on_choice(of_suffix, chosen)]
-
-
-def _is_chosen(image: BidsImage, entities: Mapping[str, Sequence[str]]) -> bool:
-    return all(image.entities.get(key, "") in labels for key, labels in entities.items())
-
-
-def _reason_for_none(key: str, labels: Sequence[str], images: Sequence[BidsImage]) -> str:
-    """What was requested of an entity, and what exists."""
-    wanted = " or ".join(f"{key}-{label}" if label else f"no {key}-" for label in labels)
-    flag = "--session" if key == "ses" else f"--entity {key}"
-    if not any(key in image.entities for image in images) and "" not in labels:
-        return f"{wanted} was requested, but their names have no {key}-; drop {flag}"
-    return f"{wanted} was requested, but {key} is {_labels(key, images)}"
-
-
-def _counts(images: Mapping[str, Sequence[BidsImage]]) -> str:
-    return ", ".join(f"{name} ({len(found)})" for name, found in sorted(images.items()))
-
-
-def _labels(key: str, images: Iterable[BidsImage]) -> str:
-    labels = sorted({image.entities.get(key, "") for image in images})
-    return ", ".join(label or "absent" for label in labels)
+    return chosen, _notes_on_choice(of_suffix, chosen)
 
 
 def _refuse_same_names(images: Iterable[BidsImage]) -> None:
@@ -143,51 +241,6 @@ def _refuse_same_names(images: Iterable[BidsImage]) -> None:
         old = seen.setdefault(frozenset(new.entities.items()), new)
         if old is not new:
             raise UsageError(f"{old.path} and {new.path} have the same name; remove or rename one of them")
-
-
-def _refuse_several(root: str, images: Sequence[BidsImage]) -> None:
-    groups = [list(found) for _, found in itertools.groupby(images, key=lambda image: image.session)]
-    several = [group for group in groups if len(group) > 1]
-    if not several:
-        return
-    differing = sorted({key for group in several for key in _varying(group)})
-    among = list(itertools.chain(*several))
-    texts = [f"{key} ({_labels(key, among)})" for key in differing]
-    raise UsageError(
-        f"{root}: {counted(len(several), 'session', 'have')} several images, such as "
-        f"{several[0][0].path} and {several[0][1].path}; they differ in {', '.join(texts)}. "
-        f"{_advise(groups, differing)}keep all with --all-images"
-    )
-
-
-def _advise(groups: Sequence[Sequence[BidsImage]], differing: Sequence[str]) -> str:
-    """Flags that select one image of each session, with as few sessions as possible left without an image."""
-    chosen = dict[str, list[str]]()
-
-    def score(entities: Mapping[str, Sequence[str]]) -> tuple[int, int]:
-        counts = [sum(_is_chosen(image, entities) for image in group) for group in groups]
-        return counts.count(0), sum(count > 1 for count in counts)
-
-    for key in differing:
-        labels = sorted({image.entities.get(key, "") for group in groups for image in group})
-        options = [[label] for label in labels if label]
-        options += [[*option, ""] for option in options if "" in labels]
-        chosen[key] = min(options, key=lambda labels: score({**chosen, key: labels}))
-        lost, left = score(chosen)
-        if not left:
-            break
-    if left:
-        return "Choose with --entity KEY=LABEL (KEY= selects images without KEY), or "
-    flags = " ".join(f"--entity {key}={label}" for key, labels in chosen.items() for label in labels)
-    without = f", which leaves {lost} of {len(groups)} sessions without an image" if lost else ""
-    return f"Choose with {flags}{without}, or "
-
-
-def _varying(images: Sequence[BidsImage]) -> dict[str, list[str]]:
-    """Labels of the entities that differ between images, "" for none; without sub and ses."""
-    keys = dict.fromkeys(key for image in images for key in image.entities if key not in ("sub", "ses"))
-    columns = {key: [image.entities.get(key, "") for image in images] for key in keys}
-    return {key: labels for key, labels in columns.items() if len(set(labels)) > 1}
 
 
 def _with_label(
@@ -203,18 +256,18 @@ def _with_label(
         problems = Problems(root)
         for image in texts:
             problems.add(
-                f"{label} of {image.stem} is {records.cell(image, label)!r}, not a finite number (of "
-                "float32), and others are numbers; recode it"
+                f"{label} of {image.stem} is {records.cell(image, label)!r}, not a finite float32 "
+                "number, and others are numbers; recode it"
             )
         problems.stop()
     return labelled, _notes_on_choice(images, labelled, f" without {label}")
 
 
-def _notes_on_names(study: Study, suffix: str) -> list[str]:
+def _notes_on_names(study: Study, suffixes: Sequence[str]) -> list[str]:
     """Notes on all images that cannot be selected."""
     notes = []
-    if others := {name: found for name, found in study.images.items() if name != suffix}:
-        notes.append(f"not used: images of other suffixes: {_counts(others)}")
+    if others := {name: found for name, found in study.images.items() if name not in suffixes}:
+        notes.append(f"not used: images of other suffixes: {counts_text(others)}")
     if misnamed := study.misnamed:
         notes.append(
             f"not used: {_named(misnamed, 'image')} with names that do not follow BIDS, or in the folder of "
@@ -224,7 +277,8 @@ def _notes_on_names(study: Study, suffix: str) -> list[str]:
         notes.append(f"not used: {_named(misplaced, 'image')} outside the folders of BIDS")
     if odd := study.odd_folders:
         notes.append(f"not used: {_named(odd, 'folder')}; folders of participants are named sub-LABEL")
-    names = sorted({image.participant_id for image in study.images[suffix]}) + list(study.odd_folders)
+    images = itertools.chain.from_iterable(study.images.get(suffix, ()) for suffix in suffixes)
+    names = sorted({image.participant_id for image in images}) + list(study.odd_folders)
     lookalikes = [f"{names[i]} and {names[other]}" for i, other in find_lookalikes(pa.array(names))]
     if lookalikes:
         notes.append(
@@ -292,7 +346,7 @@ def _bare(name: str) -> str:
     return re.sub(r"0*(\d+)", lambda match: str(int(match[1])), name.casefold())
 
 
-def _notes_on_content(paths: Sequence[str]) -> list[str]:
+def notes_on_content(paths: Sequence[str]) -> list[str]:
     """Name the images that are only pointers, as in a clone of a DataLad repository."""
     found = defaultdict[str, list[str]](list)
     for path in itertools.filterfalse(storage.is_remote, paths):
@@ -341,18 +395,18 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
     order = [("participant_id", "ascending")] if any(participants) else []
     order += [("session_id", "ascending")] if "session_id" in table else []
     rows = pa.table(table).sort_by([*order, ("path", "ascending")])
-    return FoundImages(rows, tuple(_notes_on_content(paths)))
+    return FoundImages(rows, tuple(notes_on_content(paths)))
 
 
 def _matches(pattern: str) -> list[str]:
-    paths = [storage.absolute(path) for path in storage.glob(pattern)]
+    paths = [storage.absolute(path) for path in storage.glob(pattern) if not is_of_macos(path)]
     if not paths:
         raise UsageError(f"{pattern}: no file matches")
     others = [path for path in paths if stem_of(path) is None]
     storage.require_text(paths)
     if others:
         raise UsageError(
-            f"{pattern}: matches {len(others)} files whose names do not end like an image's, such as "
+            f"{pattern}: matches {counted(len(others), 'file')} without an image's ending, such as "
             f"{others[0]}; end the pattern in .nii.gz, for example"
         )
     return paths
@@ -362,7 +416,7 @@ def _refuse_some(paths: Sequence[str], participants: Sequence[str]) -> None:
     without = [path for path, participant in zip(paths, participants, strict=True) if not participant]
     if without:
         raise UsageError(
-            f"{len(without)} of {len(paths)} paths name no participant (sub-), such as {without[0]}; "
+            f"{counted(len(without), 'path', 'do')} not name a participant (sub-), such as {without[0]}; "
             "make two manifests, or a narrower pattern"
         )
 

@@ -26,6 +26,15 @@ def stem_of(path: str) -> str | None:
     return match["stem"] if match else None
 
 
+def is_of_macos(path: str) -> bool:
+    """Whether a file is one of macOS, which stores attributes of NAME in ._NAME where a disk has none.
+
+    >>> is_of_macos("imagesTr/._la_003.nii.gz")
+    True
+    """
+    return path.rpartition("/")[2].startswith("._")
+
+
 def drop_second_halves(paths: Iterable[str]) -> list[str]:
     """Leave out the .img files whose .hdr files are among the paths, so that a pair is there once.
 

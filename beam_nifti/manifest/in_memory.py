@@ -1,6 +1,6 @@
 """Manifests in memory (DataFrames, Arrow tables and dicts) as Parquet files.
 
-So the launcher and the workers read them as they read files.
+The launcher and the workers can then read them like files.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def read_labels(
     if column.kind == "float":
         for i in np.flatnonzero(~(is_number | lacks)[codes]):
             text = problems.shown(texts[codes[i]].as_py())
-            problems.add(f"row {i + 1}: {column.name} is {text}, not a finite number (of float32){remedy}")
+            problems.add(f"row {i + 1}: {column.name} is {text}, not a finite float32 number{remedy}")
         _warn_of_rounding(column.name, texts, numbers, codes, problems)
         values = pa.array(numbers)
     elif column.kind == "class":

@@ -39,7 +39,8 @@ class VolumeRow:
         extras: values of the extra columns, in the order of `Manifest.extra_columns`.
         shard: file name of its shard.
         unit: number of its work unit in the shard; WHOLE_SHARD if there is only one.
-        other_files: paths of the other images of the example, then of its mask, as in the manifest.
+        other_files: paths of the other images of the example, then of its mask, as in the manifest; "" for a
+            mask that is empty because there is none.
         pseudonyms: pseudonym of each of its paths, if ids are anonymous.
         labels: name and value of each label with a feature of its own.
         num_frames: frames of the image, if each becomes a record; otherwise None.
@@ -77,6 +78,11 @@ class VolumeRow:
     def files(self) -> tuple[str, ...]:
         """Paths of the images, and of the mask if there is one."""
         return (self.path, *self.other_files)
+
+    @property
+    def existing_files(self) -> tuple[str, ...]:
+        """Paths of the images, and of the mask if it is a file."""
+        return tuple(filter(None, self.files))
 
     @property
     def source(self) -> str:
@@ -137,13 +143,14 @@ class Manifest:
         numbers: values of the feature `label`, float64 of shape (rows,), NaN if missing; None without labels.
         labels: the labels with features of their own.
         ids: example id of each row.
-        splits: split of each row; null if it is skipped because it lacks a label.
+        splits: split of each row; null if it is skipped because it lacks a label or a mask.
         extra_columns: names of the columns that are only kept in the index.
         key_check: `Pseudonyms.check` if ids are anonymous; otherwise None.
         name: written form of `path`: its pseudonym if ids are anonymous.
         names: ids as in the manifest, by column, if ids are anonymous.
         version_key: `Pseudonyms.version_key` if ids are anonymous; otherwise "".
         lacks_label: rows that lack one of the labels; None without labels.
+        lacks_mask: rows that lack the mask; None without masks.
         warnings: about suspicious or changed contents.
     """
 
@@ -161,6 +168,7 @@ class Manifest:
     names: Mapping[str, pa.ChunkedArray]
     version_key: str
     lacks_label: npt.NDArray[np.bool_] | None = None
+    lacks_mask: npt.NDArray[np.bool_] | None = None
     warnings: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -173,13 +181,21 @@ class Manifest:
 
     @property
     def num_skipped(self) -> int:
-        """Rows that are skipped because they lack a label."""
+        """Rows that are skipped because they lack a label or a mask."""
         return int(self.splits.null_count)
 
     @property
     def num_unlabelled(self) -> int:
         """Rows that lack a label and are kept."""
-        return 0 if self.lacks_label is None else int(self.lacks_label.sum()) - self.num_skipped
+        return self._num_kept(self.lacks_label)
+
+    @property
+    def num_unmasked(self) -> int:
+        """Rows that lack a mask and are kept."""
+        return self._num_kept(self.lacks_mask)
+
+    def _num_kept(self, lacks: npt.NDArray[np.bool_] | None) -> int:
+        return 0 if lacks is None else int(np.count_nonzero(lacks[self.kept_rows()]))
 
     @property
     def label_columns(self) -> tuple[LabelColumn, ...]:
@@ -268,6 +284,10 @@ class Manifest:
     def lacks_labels(self, num_rows: int) -> bool:
         """Whether one of the first rows lacks a label."""
         return self.lacks_label is not None and bool(self.lacks_label[:num_rows].any())
+
+    def lacks_masks(self, num_rows: int) -> bool:
+        """Whether one of the first rows lacks a mask."""
+        return self.lacks_mask is not None and bool(self.lacks_mask[:num_rows].any())
 
     def log_warnings(self) -> None:
         """Log the warnings, once per command, because a manifest is read several times."""

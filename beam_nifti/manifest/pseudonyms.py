@@ -1,6 +1,6 @@
-"""Keyed hashes that stand for names by which a person could be known.
+"""Keyed hashes that replace names by which a person could be recognized.
 
-The key is read from a file wherever it is needed, and is written, logged and sent nowhere.
+The key is read from its file wherever it is needed, and is never written, logged or sent.
 Source: docs/format.md, "Anonymous ids".
 """
 

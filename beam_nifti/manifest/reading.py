@@ -22,11 +22,13 @@ from beam_nifti.manifest.pseudonyms import PATTERN, Pseudonyms
 from beam_nifti.manifest.splits import draw_from_table, read_splits, refuse_empty_splits, refuse_shared_images
 from beam_nifti.manifest.tables import Problems, read_table, strings
 from beam_nifti.storage import paths as storage
+from beam_nifti.support.cells import is_missing
 
 _LONGEST_NAME: Final = 4096
 _MOST_FOLDERS: Final = 100
 """Of paths and ids: what hides them in messages takes a time that grows with both."""
 
+_REMEDIES_OF_MASKS: Final = ", or use --missing-mask empty or --missing-mask skip"
 _OWN: Final = ("participant_id", "session_id", "split")
 _GIVE_THAT_OF_DATASET: Final = "give the manifest that the dataset was built from"
 
@@ -45,10 +47,10 @@ def read_manifest(
 
     Args:
         path: .csv, .tsv, .jsonl (or .ndjson) or .parquet; local or a URL.
-        columns: which columns mean what.
+        columns: the roles of the columns.
         splitting: how to draw the splits; None takes those of the column `split`.
-        pseudonyms: stand for ids and paths in all that is made of the manifest, splits and the order of a
-            shuffle included, which would tell them otherwise; None keeps the names.
+        pseudonyms: replace ids and paths in everything that is derived from the manifest, also in splits and
+            in shuffled order, which could otherwise reveal them; None keeps the names.
         content: same as for `read_table`.
         is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
         is_list: whether it is a dataset's list of failures, which may have pseudonyms in the place of paths.
@@ -63,6 +65,7 @@ def read_manifest(
     problems.stop()
     if columns.label is None and "label" in table.column_names:
         columns = dataclasses.replace(columns, label="label")
+    table, lacks_mask = _find_missing_masks(table, columns)
     paths = {name: table[name] for name in columns.files}
     _refuse_names(table, columns, problems, may_be_long=is_list)
     people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
@@ -81,8 +84,11 @@ def read_manifest(
         splits = draw_from_table(table, ids, splitting, problems)
     else:
         splits = read_splits(table, people, problems)
-    if columns.missing_label == "skip" and lacks_label is not None:
-        splits = pc.if_else(pa.array(lacks_label), None, splits)
+    for lacks, rule in ((lacks_label, columns.missing_label), (lacks_mask, columns.missing_mask)):
+        if rule == "skip" and lacks is not None:
+            splits = pc.if_else(pa.array(lacks), None, splits)
+    if columns.missing_mask == "skip" and splits.null_count == len(splits):
+        problems.add(f"every row lacks a {columns.lacking}, so all rows would be skipped; keep some of them")
     if splitting:
         refuse_empty_splits(splits, splitting, problems)
     _check_ids(ids, problems)
@@ -109,6 +115,7 @@ def read_manifest(
         names=named,
         version_key=pseudonyms.version_key if pseudonyms else "",
         lacks_label=lacks_label,
+        lacks_mask=lacks_mask,
         warnings=tuple(problems.warnings),
     )
 
@@ -155,6 +162,16 @@ def _check_columns(
         )
 
 
+def _find_missing_masks(table: pa.Table, columns: Columns) -> tuple[pa.Table, npt.NDArray[np.bool_] | None]:
+    """A table whose cells without a mask are empty, and which they are; None if there are no masks."""
+    if columns.mask is None:
+        return table, None
+    cells = table[columns.mask].combine_chunks()
+    lacks = np.fromiter(map(is_missing, strings(cells)), np.bool_, len(cells))
+    at = table.column_names.index(columns.mask)
+    return table.set_column(at, columns.mask, pc.if_else(pa.array(lacks), "", cells)), lacks
+
+
 def _refuse_names(table: pa.Table, columns: Columns, problems: Problems, *, may_be_long: bool) -> None:
     """Refuse long ids, and paths that are empty, that no system opens, or that this process cannot spell."""
     is_limited = sys.getfilesystemencoding() != "utf-8"
@@ -162,7 +179,9 @@ def _refuse_names(table: pa.Table, columns: Columns, problems: Problems, *, may_
         what = "mask" if name == columns.mask else "image"
         for i, text in enumerate(strings(table[name])):
             if not text:
-                problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row")
+                if what == "image" or columns.missing_mask is None:
+                    others = "" if what == "image" else _REMEDIES_OF_MASKS
+                    problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row{others}")
             elif not may_be_long and len(text) > _LONGEST_NAME:
                 has = f"{len(text):,} characters, more than {_LONGEST_NAME:,}"
                 problems.add(f"row {i + 1}: {name} has {has}; correct the {what}'s path")

@@ -47,7 +47,7 @@ def redact(text: str, row: VolumeRow, folder: str) -> str:
         return text
     words = dict[str, str]()
     for path, pseudonym in zip(row.files, row.pseudonyms, strict=True):
-        for name, word in _names(path, folder):
+        for name, word in _names(path, folder) if path else ():
             for spelling in _spellings(name) - {""}:
                 words.setdefault(spelling, pseudonym if word is None else word)
     ids = {spelling: word for name, word in row.names for spelling in _spellings(name) - {""}}

@@ -2,6 +2,6 @@
 
 For other folders: `options`, `configure`, `parameters`, `beam_flags`, `launch` and `watcher`, which run the
 commands; `build`, `plan`, `survey` and `runners`, whose results they use; `conversion`, the part of `convert`
-that writes; `failures`, `parts`, `publish`, `lock` and `resume`, which handle the results of earlier builds;
+that writes; `failures` and `resume`, which handle the results of earlier builds;
 and `local_runner`, `metrics`, `outputs` and `progress`. Users import the steps from `beam_nifti.transforms`.
 """

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import BuildSummary, ManifestError, UsageError
 from beam_nifti.pipeline import lock
+from beam_nifti.pipeline.cohort import AnalysisPlan, Measure, forget_measured, plan_analysis, with_statistics
 from beam_nifti.pipeline.decision import Decision, decide
 from beam_nifti.pipeline.inputs import Inputs, read_inputs, read_rows
 from beam_nifti.pipeline.metrics import Distribution, Metrics
@@ -65,7 +66,7 @@ def plan_build(config: BuildConfig, rows: bytes | None = None) -> tuple[BuildPla
             or too short.
         OSError: a folder cannot be written now, but that may pass.
     """
-    inputs = read_inputs(config, rows)
+    inputs = with_statistics(read_inputs(config, rows))
     decision = decide(inputs, is_dry=True)
     return decision.plan, _estimate(inputs, decision)
 
@@ -82,13 +83,28 @@ def plan_check(config: BuildConfig, rows: bytes | None = None) -> CheckPlan:
     config, manifest = read_rows(with_absolute_paths(config), rows)
     num_skipped = manifest.num_skipped
     plan = CheckPlan(
-        config, len(manifest) - num_skipped, num_skipped, None, num_unlabelled=manifest.num_unlabelled
+        config,
+        len(manifest) - num_skipped,
+        num_skipped,
+        None,
+        num_unlabelled=manifest.num_unlabelled,
+        num_unmasked=manifest.num_unmasked,
     )
     try:
         inputs = Inputs.of(config, manifest)
     except ManifestError as e:
         return replace(plan, refusal=str(e))
     return replace(plan, build=inputs.plan(replace(config, sharding=inputs.choose_sharding())))
+
+
+def plan_cohort(config: BuildConfig, rows: bytes | None, path: str) -> AnalysisPlan:
+    """Read the manifest and the first header, and plan an analysis; its result is written to the file.
+
+    Raises:
+        ManifestError: the manifest cannot be built from.
+        UsageError: the manifest lacks a split that is to be measured.
+    """
+    return plan_analysis(Inputs.of(*read_rows(with_absolute_paths(config), rows)), path)
 
 
 def _estimate(inputs: Inputs, decision: Decision) -> Estimate:
@@ -104,11 +120,16 @@ def _estimate(inputs: Inputs, decision: Decision) -> Estimate:
 
 @contextlib.contextmanager
 def open_build(
-    config: BuildConfig, rows: bytes | None = None, *, is_local: bool = True
+    config: BuildConfig,
+    rows: bytes | None = None,
+    *,
+    is_local: bool = True,
+    measure: Measure | None = None,
 ) -> Iterator[BuildPlan]:
     """Plan a build and prepare its output, which no other build can write to during the block.
 
     Workers reach the `rows` of `plan_build` during the block; `is_local` is whether they reach this disk.
+    `measure` measures the cohort if its statistics are required and not known yet.
 
     Raises:
         ManifestError: as `plan_build`.
@@ -120,6 +141,7 @@ def open_build(
         temp_location = inputs.config.temp_location
         if temp_location and storage.is_remote(temp_location):
             storage.require_writable(temp_location, "--temp-location", is_folder=True)
+        inputs = with_statistics(inputs, measure)
         decision = decide(inputs)
         del inputs  # hundreds of megabytes of rows, in a large cohort, for as long as the build runs
         _prepare(decision)
@@ -177,6 +199,7 @@ def _prepare(decision: Decision) -> None:
         storage.delete(storage.join(output, FILE_NAME), output)
     forget_summary(output)
     saved.write(output)
+    forget_measured(output)  # the saved plan has the statistics
 
 
 def run_build(

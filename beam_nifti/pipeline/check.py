@@ -3,7 +3,7 @@
 Create([manifest])   str
 CutRows              tuple of VolumeRow
 Reshuffle            tuple of VolumeRow
-LookAtImages         Tally, and (what copies of an image share, (example id, split))
+LookAtImages         Tally, and (signature of an image, (example id, split))
 WriteReport          one file
 """
 

@@ -1,7 +1,8 @@
-"""Make a configuration of the options of a call, a file and a dataset; and options of a configuration."""
+"""Make a configuration from the options of a call, a file and a dataset; and options from a configuration."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import tomllib
@@ -21,17 +22,26 @@ from beam_nifti.config import (
 )
 from beam_nifti.errors import UsageError
 from beam_nifti.pipeline.options import FLAG, OPTIONS, flag_of, read_option, read_options
+from beam_nifti.pipeline.statistics_file import read_statistics
 from beam_nifti.record.dataset_info import read_info
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.calls import split_call
 from beam_nifti.support.outcomes import may_pass
+from beam_nifti.support.strict_json import dump_json
 from beam_nifti.volume.user_function import source_sha256
 
 DERIVED: Final = frozenset({"fingerprint", "channels"})
 """Fields of a configuration that follow from others."""
 
 NOT_GIVEN: Final = "not given"
+
+_OF_COHORT: Final = "cohort:zscore"
+_ONLY_WRITTEN: Final = (
+    *("clip", "rescale_stats", "compression", "compression_level", "examples_per_shard", "num_shards"),
+    *("shuffle_seed", "overwrite", "recheck"),
+)
+"""Options that do not change what is measured."""
 
 _MOST_FILE_BYTES: Final = 1 << 16
 _MOST_DOTS: Final = 100
@@ -45,6 +55,9 @@ _INSTEAD: Final = (
 _NEEDS: Final[Sequence[tuple[str, Set[str]]]] = (
     ("mask_dtype", {"mask_column"}),
     ("mask_interpolation", {"mask_column"}),
+    ("map_labels", {"mask_column"}),
+    ("missing_mask", {"mask_column"}),
+    ("max_frames", {"frames"}),
     ("align", {"mask_column", "path_column"}),
     ("split_seed", {"split"}),
     ("stratify", {"split"}),
@@ -60,6 +73,7 @@ def make_config(
     *,
     config: str | None = None,
     like: str | None = None,
+    is_analysis: bool = False,
 ) -> BuildConfig:
     """Combine options into a configuration. Given options precede those of a file, then those of a dataset.
 
@@ -71,6 +85,7 @@ def make_config(
         like: folder or URL of a dataset whose content options are used. A user's function and the key of
             anonymous ids are never taken from it and must be given. A function of the same name and the key
             are compared with the dataset's; a function of another name replaces it, with a warning.
+        is_analysis: whether to ignore options that only concern how records are written.
 
     Raises:
         UsageError: an option is unknown or invalid, or options cannot be combined; the file of options
@@ -88,6 +103,8 @@ def make_config(
         options = _beneath(options, _options_like(like, options))
     if "without" in own and config is None and like is None:
         raise UsageError("--without ignores options of --like or --config; give one of these, or drop it")
+    if is_analysis:
+        options = _measured_only(options)
     try:
         return _assemble(manifest, output, options)
     except UsageError as e:
@@ -101,6 +118,38 @@ def make_config(
         ) from e
 
 
+def make_analysis_config(
+    manifest: str, given: Mapping[str, object], *, config: str | None = None, like: str | None = None
+) -> BuildConfig:
+    """As `make_config`, for an analysis, whose `rescale` is of the cohort.
+
+    Options of a file or a dataset that only concern how records are written are ignored.
+
+    Raises:
+        UsageError: as `make_config`; or such an option is given.
+    """
+    own = read_options(given)
+    rescale = own.get("rescale", _OF_COHORT)
+    if not rescale.startswith("cohort:"):
+        raise UsageError(
+            f"--rescale is {rescale}, which needs no statistics of the cohort; use cohort:zscore or "
+            "cohort:percentile:LO,HI, or drop it"
+        )
+    if unused := [name for name in _ONLY_WRITTEN if own.get(name)]:
+        raise UsageError(f"{flag_of(unused[0])} has no effect on an analysis; drop it")
+    return make_config(manifest, "", given, config=config, like=like, is_analysis=True)
+
+
+def _measured_only(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a build that concern what is measured."""
+    kept = {name: value for name, value in options.items() if name not in _ONLY_WRITTEN}
+    if kept.get("voxel_dtype") != "native":  # which requires images of one dtype
+        kept.pop("voxel_dtype", None)
+    if not kept.get("rescale", "").startswith("cohort:"):
+        kept["rescale"] = _OF_COHORT
+    return kept
+
+
 def make_record_config(given: Mapping[str, object]) -> RecordConfig:
     """As `make_config`, for a step that has only some of the options. Several paths are channels.
 
@@ -112,6 +161,8 @@ def make_record_config(given: Mapping[str, object]) -> RecordConfig:
 
 def _record_of(options: Mapping[str, Any]) -> RecordConfig:
     record = _chosen(options, RecordConfig)
+    if isinstance(path := record.get("rescale_stats"), str):
+        record["rescale_stats"] = read_statistics(path)
     if record.get("orientation") == "native":
         del record["orientation"]
     paths = Columns(options.get("path_column", "path")).paths
@@ -173,6 +224,8 @@ def _options_like(path: str, options: Mapping[str, Any]) -> dict[str, Any]:
     if "anonymous_ids" not in without:
         _compare_key(path, info.manifest.get("key_check"), options.get("anonymous_ids"))
     found = content_options(info.config)
+    if "rescale_stats" in found:
+        found["rescale_stats"] = info.record_config.rescale_stats
     if found["compression"] == "none":
         del found["compression_level"]
     return {n: read_option(n, value) for n, value in found.items() if n in OPTIONS and n != "preprocess"}
@@ -189,15 +242,20 @@ def content_options(config: Mapping[str, Any]) -> dict[str, Any]:
     columns = {**asdict(Columns()), **given.pop("columns")}
     splitting, sharding = given.pop("splitting", None) or {}, given.pop("sharding") or {}
     given |= {f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")}
-    given |= {"missing_label": columns["missing_label"], "split": splitting.get("shares")}
+    given |= {name: columns[name] for name in ("missing_label", "missing_mask")}
+    given |= {"split": splitting.get("shares")}
     given |= {"split_seed": splitting.get("seed"), "stratify": splitting.get("stratify"), **sharding}
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def value_text(value: Any) -> str:
-    """The value of an option that was given, as the command line has it."""
+    """The value of an option that was given, as the command line has it; of statistics, their numbers."""
     if value is True:
         return "given"
+    if isinstance(value, Mapping) and "num_volumes" in value:
+        of_channels = (f"mean {c['mean']:.6g}, std {c['std']:.6g}" for c in value["channels"])
+        digest = hashlib.sha256(dump_json(value, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{digest}: {value['num_volumes']:,} volumes, {'; '.join(of_channels)}"
     if isinstance(value, Mapping) and value.keys() == ReferenceGrid.__dataclass_fields__.keys():
         affine = ",".join(map(value_text, value["affine"]))
         return f"{ReferenceGrid(**value)} with the affine {affine}"

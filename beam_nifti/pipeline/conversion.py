@@ -1,8 +1,8 @@
 """What a conversion writes: the records of another dataset, in the current format.
 
-Shards, their records and the order of these stay. Records are cut into members, and the index gets what they
-say. One thread writes a shard from front to back, so there are no part files: after an interruption, finished
-shards are kept, and the others are written again.
+Shards, their records and the order of these stay. Records are cut into members, whose lengths are in the
+index. One thread writes a shard from front to back, so there are no part files: after an interruption,
+finished shards are kept, and the others are written again.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Conversion:
             OutputBusyError: another build is writing there.
         """
         output = self.output
-        storage.refuse_read_only(output, "OUTPUT")
+        storage.refuse_unwritable(output, "OUTPUT")
         if not storage.is_remote(output):
             require_writable_output(output)
         with lock.hold(output):
@@ -192,14 +192,14 @@ class Conversion:
                         "another OUTPUT, or delete this one first"
                     )
                 raise OutputError(
-                    f"{output}: holds another dataset than {self.old} converted; choose another OUTPUT"
+                    f"{output}: holds a dataset that was not converted from {self.old}; choose another OUTPUT"
                 )
             return
         is_other = saved is not None and saved.token != self.token
         if is_other or SavedPlan.read(output) or storage.list_folders(storage.join(output, BUILD_FOLDER)):
             raise OutputError(
-                f"{output}: holds something unfinished that is no conversion of {self.old} as it is now; "
-                "choose another OUTPUT, or delete it"
+                f"{output}: holds an unfinished build, or a conversion of something else than {self.old} as "
+                "it is now; choose another OUTPUT, or delete this one"
             )
         if saved is None:
             refuse_foreign(output, overwrite=None)

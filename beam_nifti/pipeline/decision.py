@@ -18,6 +18,7 @@ from beam_nifti.pipeline.plan import BuildPlan, choose_unit_rows, stored_itemsiz
 from beam_nifti.pipeline.publish import files_of, find_replaceable, next_revision, refuse_foreign
 from beam_nifti.pipeline.resume import UnfinishedBuild, Work
 from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
+from beam_nifti.pipeline.withdrawal import refuse_withdrawn
 from beam_nifti.record.dataset_files import read_failures_list
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.shard_index import read_shard_index
@@ -75,10 +76,13 @@ def decide(inputs: Inputs, *, is_dry: bool = False) -> Decision:
     Raises:
         OutputError: the output holds something that the build must not touch, or another build's records
             that would be lost.
+        ManifestError: rows are of participants who were withdrawn from the dataset in the output.
     """
     config, manifest = inputs.config, inputs.manifest
     published = find_replaceable(config.output, overwrite=config.overwrite)
     keeps_published = published is not None and not config.overwrite
+    if published is not None:
+        refuse_withdrawn(manifest, published)
     sharding = inputs.choose_sharding()
     if published and keeps_published:
         sharding = config.sharding or Sharding(**published.config["sharding"])
@@ -89,7 +93,7 @@ def decide(inputs: Inputs, *, is_dry: bool = False) -> Decision:
         )
         config = replace(config, record=record)
     config = replace(config, sharding=sharding)
-    dead = _read_saved_plan(config)
+    dead = read_saved_plan(config)
     write = SavedWrite.read(config.output)
     if dead is None and not config.overwrite:
         _refuse_foreign(config.output, published, write)
@@ -102,6 +106,8 @@ def decide(inputs: Inputs, *, is_dry: bool = False) -> Decision:
         has_published=published is not None,
         versions=record_versions(),
         revision=next_revision(config.output, published, dead.info.revision if dead else None),
+        withdrawn=published.withdrawn if published else (),
+        withdrawals=published.withdrawals if published else (),
     )
     if published is None and config.overwrite:
         unfinished = set[str]().union(*(found.written for found in (dead, write) if found))
@@ -215,7 +221,7 @@ def _read_failures(output: str, published: DatasetInfo) -> Manifest | None:
         return None
 
 
-def _read_saved_plan(config: BuildConfig) -> SavedPlan | None:
+def read_saved_plan(config: BuildConfig) -> SavedPlan | None:
     """The plan of an unfinished build; with --overwrite one that cannot be read is none."""
     try:
         return SavedPlan.read(config.output)

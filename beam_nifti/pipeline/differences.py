@@ -52,14 +52,20 @@ def find_differences(
         # None of its rows was kept or skipped for want of a label, so the option is free to change.
         missing_label = now.config["columns"]["missing_label"]
         before = {**before, "columns": {**before["columns"], "missing_label": missing_label}}
+    if not manifest.lacks_masks(was.manifest["num_rows"]):
+        missing_mask = now.config["columns"].get("missing_mask")
+        before = {**before, "columns": {**before["columns"], "missing_mask": missing_mask}}
     differences = _option_differences(before, now.config)
     differences += _class_differences(was.labels, now.labels)
     if not differences and was.config["fingerprint"] != now.config["fingerprint"]:
         differences.append("this version of beam-nifti makes different records from the same options")
     if None not in (was.shape, now.shape) and was.shape != now.shape:
         differences.append(f"the first image had shape {was.shape}, now {now.shape}")
-    if was.num_frames and now.num_frames not in (None, was.num_frames):
-        differences.append(f"the first image had {was.num_frames} frames, now {now.num_frames}")
+    is_fixed = was.config.get("max_frames") is None and now.config.get("max_frames") is None
+    if is_fixed and was.num_frames and now.num_frames not in (None, was.num_frames):
+        differences.append(
+            f"the number of frames of the first image was {was.num_frames}, now {now.num_frames}"
+        )
     if now.config["voxel_dtype"] == was.config["voxel_dtype"] == "native" and was.dtype != now.dtype:
         differences.append(f"the first image had {was.dtype} voxels, now {now.dtype}")
     known = was.manifest
@@ -78,6 +84,8 @@ def _option_differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[
     if "--num-shards" in after:
         # The build may have chosen it, and without either option, a build keeps the shards that there are.
         before.pop("--examples-per-shard", None)
+    if "--rescale-stats" not in after:  # nobody has to give them, and options that need others differ too
+        before.pop("--rescale-stats", None)
     return [
         f"{flag} was {before.get(flag, NOT_GIVEN)}, now {after.get(flag, NOT_GIVEN)}"
         for flag in dict.fromkeys([*after, *before])

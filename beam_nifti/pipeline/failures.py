@@ -52,6 +52,13 @@ class Failure:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """Frames that an image does not have, with --max-frames, by their positions in the split."""
+
+    positions: tuple[int, ...]
+
+
 def group_failures(failures: Iterable[Failure]) -> list[FailureGroup]:
     """The most frequent reasons of failures, at most five."""
     groups = dict[tuple[str, ...], list[_Words]]()
@@ -78,7 +85,7 @@ class _Words:
     @classmethod
     def of(cls, failure: Failure) -> _Words:
         message, row = failure.message, failure.row
-        names = sorted({*row.files, *row.pseudonyms}, key=len, reverse=True)
+        names = sorted(filter(None, {*row.files, *row.pseudonyms}), key=len, reverse=True)
         file = next((name for name in names if message.startswith(f"{name}: ")), "")
         varying = "|".join([*map(re.escape, names), _NUMBER])
         pieces = re.split(f"({varying})", message.removeprefix(f"{file}: "))
@@ -150,7 +157,7 @@ def write_failures(
             of_image = list(group)
             failure = of_image[0]
             row = failure.row
-            paths = row.pseudonyms or [storage.join(folder, path) for path in row.files]
+            paths = row.pseudonyms or [path and storage.join(folder, path) for path in row.files]
             cells: dict[str, object] = {
                 **{keys[c]: v for c, v in zip(extra_columns, row.extras, strict=True) if c in keys},
                 "row": row.row,
@@ -173,6 +180,16 @@ def write_failures(
             elif columns.label is not None:
                 cells[columns.label] = row.label
             handle.write(dump_json(cells, ensure_ascii=False).encode() + b"\n")
+
+
+def ids_are_paths(columns: Columns, names: Container[str]) -> bool:
+    """Whether ids are paths of images, which a list of failures holds with the manifest's folder.
+
+    `names` are the columns of the manifest.
+    """
+    if columns.id is None:
+        return "participant_id" not in names
+    return columns.id in columns.files
 
 
 def listed_cells(listed: Manifest, column: str, manifest: Manifest, folder: str) -> pa.Array | None:

@@ -1,7 +1,7 @@
 """How far a build on a cluster is, by what has appeared in its storage.
 
-Workers of a cluster do not tell the launching process what they do, and engines tell their counters in ways
-of their own, some only at the end. All of them leave parts and shards.
+The workers of a cluster do not report to the launching process, and engines report counters differently, some
+only at the end. With all of them, parts and shards appear.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
-from beam_nifti.config import BuildConfig, Sharding
+from beam_nifti.config import BuildConfig, RecordConfig, Sharding
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest.manifest import Manifest, VolumeRow
 from beam_nifti.manifest.redaction import redacting
@@ -52,7 +52,9 @@ class Inputs:
     @property
     def num_frames(self) -> int | None:
         """`BuildPlan.num_frames`."""
-        return self.header.num_frames if self.layout.frame == "each" else None
+        if self.layout.frame != "each":
+            return None
+        return self.config.record.max_frames or self.header.num_frames
 
     @property
     def itemsize(self) -> int:
@@ -82,6 +84,7 @@ class Inputs:
             manifest_name=manifest.name,
             num_skipped=manifest.num_skipped,
             num_unlabelled=manifest.num_unlabelled,
+            num_unmasked=manifest.num_unmasked,
             num_frames=self.num_frames,
         )
 
@@ -107,7 +110,7 @@ def _require_output(config: BuildConfig) -> None:
         raise UsageError(
             f"--anonymous-ids is {key}, inside OUTPUT, where it would be shared with the dataset; move it"
         )
-    storage.refuse_read_only(config.output, "OUTPUT")
+    storage.refuse_unwritable(config.output, "OUTPUT")
     if not storage.is_remote(config.output):  # to a store it would write, which is for `open_build`
         require_writable_output(config.output)
 
@@ -121,14 +124,30 @@ def read_rows(config: BuildConfig, rows: bytes | None) -> tuple[BuildConfig, Man
     """
     digests = tuple(source_sha256(step) for step, _ in config.record.steps)
     config = replace(config, record=replace(config.record, preprocess_sha256=digests))
-    storage.refuse_read_only(config.temp_location or "", "--temp-location")
+    storage.refuse_unwritable(config.temp_location or "", "--temp-location")
     if config.temp_location and not storage.is_remote(config.temp_location):
         storage.require_writable(config.temp_location, "--temp-location", is_folder=True)
     manifest = read_build_manifest(config.manifest, config, rows)
     manifest.log_warnings()
     if manifest.label_columns:
         config = replace(config, record=replace(config.record, labels=manifest.label_columns))
+    _require_measured_splits(config.record, manifest)
     return config, manifest
+
+
+def _require_measured_splits(record: RecordConfig, manifest: Manifest) -> None:
+    """Refuse a rescaling of the cohort by the volumes of a split that there is not."""
+    splits = manifest.split_sizes()
+    if not record.is_of_cohort or record.rescale_stats is not None:
+        return
+    for name in record.measured_splits:
+        if name not in splits:
+            flag = f"--rescale-split is {record.rescale_split}, but"
+            measured = flag if record.rescale_split else f"--rescale {record.rescale} measures train, but"
+            raise UsageError(
+                f"{measured} the splits are {', '.join(splits) or 'none'}; name those to measure with "
+                "--rescale-split"
+            )
 
 
 def _first_volume(
@@ -146,7 +165,8 @@ def _first_volume(
             problems.append(f"row {row.row} ({row.example_id}): {e}")
             are_missing |= isinstance(e.__cause__, FileNotFoundError)
     if are_missing:
-        problems.append("relative paths start at the manifest's folder")
+        of = "working directory" if config.rows is not None else "manifest's folder"
+        problems.append(f"relative paths are relative to the {of}")
     what = "none of the first images can be used with these options"
     raise ManifestError(manifest.path, problems, what)
 
@@ -155,6 +175,8 @@ def _prepared_shape(
     row: VolumeRow, layout: RecordLayout, manifest: Manifest, config: BuildConfig
 ) -> tuple[int, ...]:
     """The shape of a record that the header does not determine."""
-    of_one = replace(config.record, frames="first") if layout.frame == "each" else config.record
+    of_one = (
+        replace(config.record, frames="first", max_frames=None) if layout.frame == "each" else config.record
+    )
     volume = load_volume(row, manifest.folder, record=of_one)
     return prepare_volume(volume, config.record, release=True).voxels.shape

@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import BuildSummary, EngineError, UsageError
-from beam_nifti.pipeline.build import open_build, plan_build, plan_check, rows_for_workers, run_build
+from beam_nifti.pipeline.build import (
+    open_build,
+    plan_build,
+    plan_check,
+    plan_cohort,
+    rows_for_workers,
+    run_build,
+)
+from beam_nifti.pipeline.cohort import AnalysisPlan
 from beam_nifti.pipeline.follow import follow_build
 from beam_nifti.pipeline.metrics import Metrics
 from beam_nifti.pipeline.plan import BuildPlan
 from beam_nifti.pipeline.progress import no_progress, show_progress
 from beam_nifti.pipeline.runners import Engine, write_template
+from beam_nifti.pipeline.statistics_file import STATISTICS_NAME, Analysis
 from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.outcomes import engine_outcome
+from beam_nifti.support.wording import counted, first_few
 from beam_nifti.volume.notes import warnings_of
 
 if TYPE_CHECKING:
     from beam_nifti.pipeline.survey import Survey
+
+
+_SHOWN_LABELS: Final = 10  # in a warning
 
 
 @logs.shared
@@ -100,7 +115,8 @@ def run_build_on(engine: Engine, rows: bytes | None, watcher: Watcher) -> Datase
             "--template_location describes a job that starts later, when a table in memory is gone; give a "
             "manifest that is a file"
         )
-    with open_build(engine.config, rows, is_local=engine.is_local) as plan:
+    measuring = partial(_measure, engine, rows, watcher)
+    with open_build(engine.config, rows, is_local=engine.is_local, measure=measuring) as plan:
         watcher.on_plan(plan)
         if engine.is_template:
             with running(engine, Watcher(has_progress=False), 0, "", "the template was not written"):
@@ -115,7 +131,58 @@ def run_build_on(engine: Engine, rows: bytes | None, watcher: Watcher) -> Datase
                 watcher.on_end(summary, metrics)
                 for warning in warnings_of(metrics.counters):
                     logs.LOGGER.warning("%s", warning)
+                if unmapped := summary.unmapped_labels:
+                    labels = first_few(unmapped, _SHOWN_LABELS)
+                    logs.LOGGER.warning("warning: no mask has a label %s of --map-labels", labels)
         return read_info(plan.config.output)
+
+
+def _measure(
+    engine: Engine, rows: bytes | None, watcher: Watcher, plan: AnalysisPlan, what: str = "the build stopped"
+) -> Analysis:
+    """Run an analysis; `rows` are as of `plan_build`."""
+    from beam_nifti.pipeline.analyze import run_analysis
+
+    config = plan.build.config
+    if engine.is_template:
+        raise UsageError(
+            f"--template_location describes a job that starts later, but --rescale {config.record.rescale} "
+            "measures the volumes first; run `beam-nifti analyze`, and give its file with --rescale-stats"
+        )
+    if plan.below is not None and watcher.has_progress:  # a build goes on after it
+        splits = " and ".join(plan.splits)
+        logs.LOGGER.info("measuring %s of %s", counted(plan.num_volumes, "volume"), splits)
+    of_rows = plan.build.parts_root if plan.below else storage.dirname(plan.path)
+    folder = None if engine.is_local else of_rows
+    with (
+        rows_for_workers(config, rows, folder) as config,
+        running(engine, watcher, plan.num_volumes, "volume", what),
+    ):
+        return run_analysis(replace(plan, build=replace(plan.build, config=config)), engine.options)
+
+
+def run_analysis_on(engine: Engine, rows: bytes | None, out: str | None, watcher: Watcher) -> Analysis:
+    """Measure a cohort on an engine, as `run_build_on`; `out` is the file of the result, if any.
+
+    Raises:
+        TooManyFailures: more volumes failed than `max_bad_fraction` allows.
+        EngineError: the engine or a worker failed.
+        BeamNiftiError: as `build.plan_cohort`.
+    """
+    with contextlib.ExitStack() as stack:
+        if engine.is_local:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="beam-nifti-"))
+        else:
+            base = engine.config.temp_location or storage.dirname(storage.absolute(out or ""))
+            folder = storage.join(base, f"beam_nifti-{uuid.uuid4().hex}")
+            stack.callback(storage.delete_folder, folder, base)
+        path = storage.join(folder, STATISTICS_NAME)
+        plan = plan_cohort(engine.config, rows, path)
+        stack.callback(storage.delete, path, folder)
+        analysis = _measure(engine, rows, watcher, plan, "the analysis stopped")
+    if out is not None:
+        storage.write(storage.absolute(out), analysis.to_json().encode())
+    return analysis
 
 
 def run_check_on(engine: Engine, rows: bytes | None, out: str | None, watcher: Watcher) -> Survey:

@@ -1,4 +1,4 @@
-"""Beam's in-process runner, set up so that it keeps its promises."""
+"""Beam's in-process runner, set up so that it never splits an element."""
 
 from __future__ import annotations
 

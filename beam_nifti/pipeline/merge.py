@@ -313,9 +313,9 @@ def _select(parts: Sequence[Part], expected: Collection[int], name: ShardName, s
     if not np.array_equal(found, wanted):
         missing = np.setdiff1d(wanted, found)[:5].tolist()
         surplus = np.setdiff1d(found, wanted)[:5].tolist()
-        raise PartsChangedError(
-            f"{name}: positions {missing} are missing and {surplus} are too many; run the build again"
-        )
+        wrong = {"missing": missing, "superfluous": surplus}
+        listed = " and ".join(f"positions {numbers} are {what}" for what, numbers in wrong.items() if numbers)
+        raise PartsChangedError(f"{name}: {listed}; run the build again")
     if not np.array_equal(order, np.arange(len(positions))):  # as a rule, and then nothing is copied
         merged = merged.take(pa.array(order))
     sources = [parts[number] for number in part_numbers[order].tolist()]

@@ -6,6 +6,7 @@ import difflib
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -20,17 +21,23 @@ from beam_nifti.config import (
     MASK_DTYPES,
     MASK_INTERPOLATIONS,
     MISSING_LABELS,
+    MISSING_MASKS,
+    NONFINITE,
     ORIENTATIONS,
     RESCALE_METHODS,
     SELECTIONS,
     SEPARATE_Z,
+    SPLIT_PATTERN,
     VOXEL_DTYPES,
+    CohortStatistics,
     Percentile,
     ReferenceGrid,
     Window,
+    fold_shares,
     spell_steps,
 )
 from beam_nifti.errors import UsageError, VolumeError
+from beam_nifti.pipeline.statistics_file import Analysis
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import as_float, parse_integer, parse_number
 from beam_nifti.support.wording import one_line
@@ -60,11 +67,14 @@ class BuildOptions(TypedDict, total=False):
         label_column: NAME, or NAME:KIND with the kind float, class or string; each of several becomes a
             feature of its own. Default: the column "label", if there is one.
         missing_label: rows without a label: "nan" stores NaN, "skip" skips them. Default: an error.
+        missing_mask: rows without a mask: "empty" stores zeros, "skip" skips them. Default: an error.
         id_column: column of unique example ids. Default: participant_id with session_id, else the path.
         anonymous_ids: file of the key that replaces ids and paths by pseudonyms. Default: names are kept.
-        split: share of the participants by split, such as {"train": 0.8, "test": 0.2}. Default: the
-            manifest's column "split", otherwise all rows go to "train".
-        stratify: column whose values each keep the shares of `split`. Default: none.
+        split: share of the participants by split, such as {"train": 0.8, "test": 0.2}; or "kfold:5" for
+            the splits fold0 to fold4 of equal shares, of which readers make a training set by their
+            argument `fold`; or "kfold:5,test=0.2". Default: the manifest's column "split", otherwise all
+            rows go to "train".
+        stratify: column within each of whose values the shares of `split` apply. Default: none.
         split_seed: seed of the draw. Default: 0.
         examples_per_shard: largest number of examples in a shard. Default: for shards of about 200 MB.
         num_shards: number of shards in each split, instead of `examples_per_shard`.
@@ -72,17 +82,26 @@ class BuildOptions(TypedDict, total=False):
         compression_level: level of igzip, 0 (fastest) to 3. Default: 2.
         shuffle_seed: seed that shuffles the rows of each split. Default: the manifest's order.
         rescale: "minmax" (default), "zscore", "none"; `Percentile`, `Window`, ("percentile", low, high),
-            ("window", low, high) or their text. A window is in the image's units.
+            ("window", low, high) or their text. A window is in the image's units. "cohort:zscore" and
+            ("cohort:percentile", low, high) use the voxels of all volumes together.
         rescale_within: voxels that `rescale` measures: "nonzero", "mask", or ("above", T) with T in the
             image's units. Default: all.
+        rescale_split: splits whose volumes are measured for a `rescale` of the cohort. Default: "train".
+        rescale_stats: statistics for a `rescale` of the cohort: the result of `analyze`, or the file that it
+            wrote. Default: the dataset's own; before the first build they are measured.
         clip: whether rescaled voxels outside [0, 1] become 0 or 1. Default: False.
         mask_dtype: "uint8" (default) or "uint16".
+        map_labels: labels of masks that become others, all at once, such as {4: 3} or "4=3". Default: none.
         voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
         frames: frames of 4-D images: "all", "each", "first", "mean", or a number from 0. Default: 4-D images
             are refused.
+        max_frames: most frames of an image with frames="each", for images that differ in their number.
+            Default: every image has as many as the first.
         complex: how complex images are stored: "magnitude", "phase" (radians), "real-imag". Default: complex
             images are refused.
         allow_mixed_shapes: whether volumes may differ in shape from the first. Default: False.
+        nonfinite: what becomes of NaN and infinite voxels, before everything else: "zero"; "min", the least
+            finite voxel of the image; ("value", V) with V in the image's units. Default: "error".
         preprocess: function from Volume to Volume that the workers can import; or several, in order.
             Default: none.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS". Default:
@@ -106,10 +125,12 @@ class BuildOptions(TypedDict, total=False):
         crop_foreground: voxels whose bounding box is kept, as for `rescale_within`. Default: no cropping.
         shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: unchanged.
         max_bad_fraction: fraction of volumes that may fail, 0 to 1. Default: 0.
-        overwrite: whether to replace a dataset with different options or rows. Default: False.
+        overwrite: whether to replace a dataset that was built with different options or rows. Default: False.
         recheck: whether to rebuild every record, and replace the shards that differ. Default: False.
-        workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores.
-        temp_location: folder or URL of temporary files. Default: in the output.
+        workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores; on a
+            cluster, by the engine's flags, or 32.
+        temp_location: folder or URL of temporary files. Default: in the output; for `check`, the folder of
+            `out`.
         without: options of `like` and `config` to ignore. Default: none.
     """
 
@@ -117,6 +138,7 @@ class BuildOptions(TypedDict, total=False):
     mask_column: str | None
     label_column: Names | None
     missing_label: str | None
+    missing_mask: str | None
     id_column: str | None
     anonymous_ids: StrPath | None
     split: str | Mapping[str, SupportsFloat] | None
@@ -129,12 +151,17 @@ class BuildOptions(TypedDict, total=False):
     shuffle_seed: str | SupportsIndex | None
     rescale: Rule | Percentile | Window | None
     rescale_within: Rule | None
+    rescale_split: Names | None
+    rescale_stats: StrPath | CohortStatistics | Analysis | None
     clip: bool | None
     mask_dtype: str | None
+    map_labels: str | Mapping[Any, SupportsIndex] | None
     voxel_dtype: str | None
     frames: str | SupportsIndex | None
+    max_frames: str | SupportsIndex | None
     complex: str | None
     allow_mixed_shapes: bool | None
+    nonfinite: Rule | None
     preprocess: Preprocess | Sequence[Preprocess] | None
     orientation: str | None
     align: str | None
@@ -231,11 +258,28 @@ def _read_names(flag: str, value: object) -> str:
     return ",".join(map(str, names))
 
 
+def _read_splits(flag: str, value: object) -> str:
+    wanted = "give the name of a split, or a list of them"
+    names = value.split(",") if isinstance(value, str) else _items(value)
+    if not names or not all(isinstance(name, str) and SPLIT_PATTERN.fullmatch(name) for name in names):
+        _refuse(flag, value, wanted)
+    return ",".join(sorted({str(name) for name in names}))
+
+
+def _read_statistics(flag: str, value: object) -> str | CohortStatistics:
+    if isinstance(value, Analysis):
+        return value.statistics
+    if isinstance(value, CohortStatistics):
+        return value
+    return storage.path_text(flag, value)
+
+
 def _read_without(flag: str, value: object) -> tuple[str, ...]:
-    names = [name.strip().replace("-", "_") for name in _read_names(flag, value).split(",")]
+    given = [name.strip() for name in _read_names(flag, value).split(",")]
+    names = [name.replace("-", "_") for name in given]
     for name in names:
         if name not in OPTIONS:
-            hint = _hint(name, lambda each: each.replace("_", "-"))
+            hint = _hint(name, str if name in given else lambda each: each.replace("_", "-"))
             raise UsageError(f"{flag} has {name.replace('_', '-')!r}, which is not an option; {hint}")
     return tuple(names)
 
@@ -373,22 +417,40 @@ def _read_frames(flag: str, value: object) -> str:
     return str(value if isinstance(value, str) else read_integer(flag, value, wanted))
 
 
+def _read_label_map(flag: str, value: object) -> str:
+    wanted = "give the new label of each label to change, such as 4=3"
+    if not isinstance(value, Mapping):
+        return _read_text(flag, value, wanted)
+    try:
+        return ",".join(f"{_integer(old)}={_integer(new)}" for old, new in value.items()) or _refuse(
+            flag, value, wanted
+        )
+    except ValueError:
+        _refuse(flag, value, wanted)
+
+
+_KFOLD: Final = re.compile(r"kfold:([0-9]{1,9})", re.A)
+
+
 def _read_split(flag: str, value: object) -> dict[str, float]:
     parts: list[tuple[Any, ...]] = list(value.items()) if isinstance(value, Mapping) else []
     if isinstance(value, str):
         parts = [part.strip().partition("=")[::2] for part in value.split(",")]
-    shares = dict[str, float]()
+    shares, folds = dict[str, float](), list[int]()
     try:
         if not parts:
             raise ValueError
         for name, share in parts:
+            if isinstance(name, str) and (found := _KFOLD.fullmatch(name)) and share == "" and not folds:
+                folds.append(int(found[1]))
+                continue
             if not isinstance(name, str) or name in shares:
                 raise ValueError
             shares[name] = _number(share)
     except ValueError:
         wanted = "give each split once, with its share, such as train=0.8,validation=0.1,test=0.1"
         _refuse(flag, value, wanted)
-    return shares
+    return fold_shares(folds[0], shares) if folds else shares
 
 
 def read_steps(value: Preprocess | Sequence[Preprocess] | None) -> str | tuple[str, ...] | None:
@@ -417,9 +479,10 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "mask_column": Option(_read_text, metavar="NAME"),
     "label_column": Option(_read_names, metavar="NAME[:KIND],…"),
     "missing_label": _one_of(MISSING_LABELS),
+    "missing_mask": _one_of(MISSING_MASKS),
     "id_column": Option(_read_text, metavar="NAME"),
     "anonymous_ids": Option(storage.path_text, metavar="KEYFILE"),
-    "split": Option(_read_split, metavar="NAME=SHARE,…"),
+    "split": Option(_read_split, metavar="NAME=SHARE,…|kfold:N"),
     "stratify": Option(_read_text, metavar="COLUMN"),
     "split_seed": Option(read_integer, metavar="N"),
     "examples_per_shard": Option(read_integer, metavar="N"),
@@ -429,12 +492,17 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "shuffle_seed": Option(read_integer, metavar="N"),
     "rescale": _rule(RESCALE_METHODS, "METHOD"),
     "rescale_within": _rule(SELECTIONS, "VOXELS"),
+    "rescale_split": Option(_read_splits, metavar="NAME,…"),
+    "rescale_stats": Option(_read_statistics, metavar="FILE"),
     "clip": Option(read_switch),
     "mask_dtype": _one_of(MASK_DTYPES),
+    "map_labels": Option(_read_label_map, metavar="OLD=NEW,…"),
     "voxel_dtype": _one_of(VOXEL_DTYPES),
     "frames": Option(_read_frames, FRAMES, metavar="|".join(FRAMES)),
+    "max_frames": Option(read_integer, metavar="N"),
     "complex": _one_of(COMPLEX_PARTS),
     "allow_mixed_shapes": Option(read_switch),
+    "nonfinite": _rule(NONFINITE, "RULE"),
     "preprocess": Option(lambda _, value: read_steps(value), metavar="MODULE:FUNCTION"),
     "orientation": Option(_read_text, ("native", *ORIENTATIONS), metavar="CODE"),
     "align": _one_of(ALIGNMENTS),

@@ -12,14 +12,15 @@ from typing import Final
 from beam_nifti.config import RESCALE_METHODS, SELECTIONS
 from beam_nifti.errors import BeamNiftiError
 from beam_nifti.pipeline.options import FLAG, OPTIONS, read_switch
+from beam_nifti.support.rules import name_of_form
 
 _FLAG: Final = re.compile(FLAG + r"(?: ([^\s;(-][^\s;]*(?<![.,:)])))?")
 """A flag, and the word after it."""
 
 _FORMS: Final = {
-    form: f'("{form.partition(":")[0]}", {form.partition(":")[2].replace(",", ", ")})'
-    for form in (*RESCALE_METHODS, *SELECTIONS)
-    if ":" in form
+    form: f'("{name_of_form(form)}", {form.rpartition(":")[2].replace(",", ", ")})'
+    for form in (*RESCALE_METHODS, *SELECTIONS)[::-1]  # a form may end with another one
+    if form != name_of_form(form)
 }
 """Forms of values on the command line, such as "percentile:LO,HI", with the tuples that stand for them."""
 
@@ -68,7 +69,7 @@ def _literal(name: str, word: str) -> str | None:
     if name == "without" and set(named) <= OPTIONS.keys():
         return f'"{",".join(named)}"'
     heads = {choice.partition(":")[0] for choice in OPTIONS[name].choices} if name in OPTIONS else ()
-    is_value = word.partition(":")[0] in heads or (name == "split" and "=" in word)
+    is_value = word.partition(":")[0] in heads or (name == "split" and re.search("=|^kfold:", word))
     return f'"{word}"' if is_value else None
 
 

@@ -22,6 +22,7 @@ from beam_nifti.pipeline.saved_plan import require_current
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.record.example import feature_kinds
 from beam_nifti.record.sharding import Layout, ShardName, order_rows, overlapping, shard_ranges
+from beam_nifti.record.withdrawals import Withdrawal
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
@@ -87,13 +88,14 @@ class BuildPlan:
 
     Attributes:
         config: configuration with absolute paths, and `sharding` and `columns.label` set.
-        num_rows: rows of the manifest; of these, `num_skipped` are skipped because they lack a label.
+        num_rows: rows of the manifest; of these, `num_skipped` are skipped because they lack a label or a
+            mask.
         column_names: columns of the manifest; `extra_columns` are those that are only kept in the index.
         split_sizes: rows of each split.
         shape: required shape of every record; None if shapes may differ.
         source_dtype: dtype on disk of the first image, such as "int16" or "rgb24".
         loaded_dtype: dtype of its voxels as they are loaded.
-        key_check, manifest_name, num_unlabelled: as of `Manifest`.
+        key_check, manifest_name, num_unlabelled, num_unmasked: as of `Manifest`.
         num_frames: frames of the first image if each frame of an image becomes a record; else None.
         digest: digest of the manifest's content.
         unit_rows: largest number of rows of a work unit.
@@ -103,6 +105,7 @@ class BuildPlan:
         earlier: how the unfinished builds that it continues divide their rows into shards.
         earlier_roots: folders of their parts.
         revision: revision of the dataset.
+        withdrawn, withdrawals: as of the `DatasetInfo` of the published dataset.
     """
 
     config: BuildConfig
@@ -117,6 +120,7 @@ class BuildPlan:
     manifest_name: str = ""
     num_skipped: int = 0
     num_unlabelled: int = 0
+    num_unmasked: int = 0
     num_frames: int | None = None
     digest: str = ""
     unit_rows: int = 1
@@ -126,6 +130,8 @@ class BuildPlan:
     earlier: tuple[Layout, ...] = ()
     earlier_roots: tuple[str, ...] = ()
     revision: int = 1
+    withdrawn: tuple[str, ...] = ()
+    withdrawals: tuple[Withdrawal, ...] = ()
 
     @property
     def num_examples(self) -> int:
@@ -162,13 +168,7 @@ class BuildPlan:
     @property
     def required_shape(self) -> tuple[int | None, ...] | None:
         """Shape that every image must be loaded with; None, or None for an axis, if it may differ."""
-        record = self.config.record
-        if self.shape is None and record.channels is not None:
-            return (None, None, None, record.num_channels)
-        if self.shape is None and record.frames != "all":
-            # Of shapes that differ the reader knows no more than the one channel of 3-D volumes.
-            return (None, None, None)
-        return self.shape
+        return self.config.record.required_shape(self.shape)
 
     @property
     def required_dtype(self) -> str | None:
@@ -213,6 +213,8 @@ class BuildPlan:
             versions=self.versions,
             format_version=config.record.format_version,
             format_features=config.record.format_features,
+            withdrawn=self.withdrawn,
+            withdrawals=self.withdrawals,
         )
 
     def shard_totals(self) -> dict[str, int]:
@@ -338,10 +340,10 @@ class CheckPlan:
     Attributes:
         config: configuration of the build, with absolute paths.
         num_rows: rows of the manifest, without those that are skipped.
-        num_skipped: rows without a label that are skipped.
+        num_skipped: rows without a label or a mask that are skipped.
         build: plan of the build into an empty output; None if it would be refused before it starts.
         refusal: why it would be refused; "" if it would not.
-        num_unlabelled: `Manifest.num_unlabelled`.
+        num_unlabelled, num_unmasked: as of `Manifest`.
     """
 
     config: BuildConfig
@@ -350,6 +352,7 @@ class CheckPlan:
     build: BuildPlan | None
     refusal: str = ""
     num_unlabelled: int = 0
+    num_unmasked: int = 0
 
 
 def with_absolute_paths(config: BuildConfig) -> BuildConfig:

@@ -43,6 +43,7 @@ from beam_nifti.record.dataset_files import (
 from beam_nifti.record.dataset_info import LAST_REVISION, DatasetInfo, ShardInfo, SplitInfo, read_info
 from beam_nifti.record.index import Limits, read_index
 from beam_nifti.record.sharding import INDEX_FOLDER, ShardName
+from beam_nifti.record.totals import RecordTotals
 from beam_nifti.record.versions import all_versions
 from beam_nifti.storage import disk
 from beam_nifti.storage import paths as storage
@@ -189,29 +190,32 @@ def publish_dataset(
     plan: BuildPlan,
     shards: Sequence[ShardInfo],
     failures: Sequence[Failure],
-    mask_labels: Collection[int] = (),
+    totals: RecordTotals | None = None,
+    num_absent: int = 0,
 ) -> BuildSummary:
     """Write the list of failures and, if they are within the limit, dataset_info.json.
 
     If they are not, nothing is lost by it: the next run loads only what failed.
 
-    Their order has no effect. One failure may be of an image whose frames are volumes.
+    Their order has no effect. One failure may be of an image whose frames are volumes; `num_absent` frames
+    are not there, because images may have fewer than others.
 
     Raises:
         PartsChangedError: a shard or a row is unaccounted for.
     """
-    config = plan.config
+    config, totals = plan.config, totals or RecordTotals()
     by_place = {(n.split, n.index): s for s in shards if (n := ShardName.parse(s.name))}
     splits = {split: [(split, i) for i in range(total)] for split, total in plan.shard_totals().items()}
     missing = {place for places in splits.values() for place in places} - by_place.keys()
     num_written, num_failed = sum(s.num_examples for s in shards), sum(len(f.row.positions) for f in failures)
-    if missing or num_written + num_failed != plan.num_examples:
+    num_expected = plan.num_examples - num_absent
+    if missing or num_written + num_failed != num_expected:
         raise PartsChangedError(
             f"{counted(len(missing), 'shard', 'are')} missing, and {counted(num_written, 'record')} and "
-            f"{counted(num_failed, 'failure')} do not make {counted(plan.num_examples, 'volume')}; run the "
+            f"{counted(num_failed, 'failure')} do not make {counted(num_expected, 'volume')}; run the "
             "build again"
         )
-    complete = config.allows_failures(num_failed, plan.num_examples)
+    complete = config.allows_failures(num_failed, num_expected)
     published = find_info(config.output)
     failures_path = _write_failures(plan, failures, published, complete)
     summary = BuildSummary(
@@ -223,6 +227,9 @@ def publish_dataset(
         failures_path=failures_path,
         failures=_count_failures(failures),
         reasons=tuple(group_failures(failures)),
+        num_nonfinite=totals.num_nonfinite,
+        num_made_finite=totals.num_made_finite,
+        unmapped_labels=tuple(sorted(config.record.label_map.keys() - totals.mapped_labels)),
     )
     _write_summary(config.output, summary)
     if not summary.complete:
@@ -237,7 +244,7 @@ def publish_dataset(
         failures_sha256=_digest_of(failures_path, config.output)
         if config.record.format_version > 1
         else None,
-        mask_labels=tuple(sorted(mask_labels)) if config.record.mask_dtype else None,
+        mask_labels=tuple(sorted(totals.mask_labels)) if config.record.mask_dtype else None,
         versions=all_versions(),
     )
     if published is None or not _is_same(info, published):
@@ -310,7 +317,9 @@ def take_summary(output: str) -> BuildSummary | None:
     try:
         facts = read_result(path, _MOST_SUMMARY, output)
         groups = (group | {"examples": tuple(group["examples"])} for group in facts["reasons"])
-        summary = BuildSummary(**facts | {"reasons": tuple(FailureGroup(**group) for group in groups)})
+        reasons = tuple(FailureGroup(**group) for group in groups)
+        unmapped_labels = tuple(facts["unmapped_labels"])
+        summary = BuildSummary(**facts | {"reasons": reasons, "unmapped_labels": unmapped_labels})
     except FileNotFoundError:
         return None
     except (KeyError, TypeError) as e:

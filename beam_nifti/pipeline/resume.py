@@ -46,7 +46,7 @@ from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.versions import is_written_here, versions_in
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import bytes_text, counted
-from beam_nifti.volume.files import stat_image
+from beam_nifti.volume.files import frames_of, stat_image
 from beam_nifti.volume.header import require_shape
 
 _SHA256: Final = re.compile("[0-9a-f]{64}")
@@ -62,14 +62,16 @@ class Found:
 
 def find_finished(
     plan: BuildPlan, unit: WorkUnit, *, check_images: bool = True, check_data: bool = True
-) -> tuple[list[Found], list[VolumeRow]]:
+) -> tuple[list[Found], list[VolumeRow], list[int]]:
     """What earlier builds, or attempts of this one, finished of a unit; and a row for each record to be made.
+
+    Last, the positions of frames that images do not have, as far as finished records of them show.
 
     With `check_images` only what was made of images that are what they were when they were read. With
     `check_data` only what an unfinished build has left as it was written; a dataset is checked by `verify`.
     """
     missing = [record for row in unit.rows for record in row.records()]
-    found = []
+    found, lengths = [], dict[int, int]()
     for part, is_published in _candidates(plan, unit):
         if not missing:
             break
@@ -80,12 +82,17 @@ def find_finished(
             any_versions=is_published,
             check_images=check_images,
             check_data=check_data and not is_published,
+            lengths=lengths,
         )
         if usable is not None:
             done = set(usable.positions or ())
             missing = [record for record in missing if record.position not in done]
             found.append(Found(usable, is_published))
-    return found, missing
+    absent = [
+        r.position for r in missing if r.frame is not None and r.frame >= lengths.get(r.row, r.frame + 1)
+    ]
+    are_absent = set(absent)
+    return found, [record for record in missing if record.position not in are_absent], absent
 
 
 def finished_rows(
@@ -96,6 +103,7 @@ def finished_rows(
     any_versions: bool = False,
     check_images: bool = True,
     check_data: bool = False,
+    lengths: dict[int, int] | None = None,
 ) -> Part | None:
     """Which of `rows` a part of the same fingerprint holds as a build would make them.
 
@@ -106,6 +114,7 @@ def finished_rows(
         any_versions: whether software of other versions may have made them, as in a published dataset.
         check_images: whether the images must be unchanged since they were read.
         check_data: whether the part must be unchanged since it was written.
+        lengths: gets the number of frames of the image of each row of which the part has a record.
 
     Returns:
         The part with its `positions` set; None if it holds none of them.
@@ -120,7 +129,9 @@ def finished_rows(
         return None
     if (table.schema.names, table.schema.types) != (schema.names, schema.types) or table.num_rows == 0:
         return None
-    if any(itertools.chain(check_table(table, (), record), check_members(table))):
+    may_lack_masks = plan.config.columns.missing_mask == "empty"
+    checks = check_table(table, (), record, may_lack_masks=may_lack_masks), check_members(table)
+    if any(itertools.chain(*checks)):
         return None
     if pc.min(table["length"]).as_py() <= 0:
         return None
@@ -133,7 +144,7 @@ def finished_rows(
     of_files = [name for name in table.column_names if name.startswith("source_")]
     compared = dict.fromkeys([*row_cells(rows[0], extra_columns), "shape", "dtype", *of_files])
     by_position = {row.position: row for row in rows}
-    positions = []
+    positions, shown = [], dict[int, int]()
     ours = table.filter(pc.is_in(table["position"], pa.array(list(by_position), pa.int64())))
     for found in ours.select(list(compared)).to_pylist():
         row = by_position[found["position"]]
@@ -145,11 +156,15 @@ def finished_rows(
         ):
             continue
         if check_images:
-            files = now(tuple(storage.join(folder, path) for path in row.files), record, row.version_key)
+            paths = tuple(storage.join(folder, path) for path in row.existing_files)
+            files = now(paths, record, row.version_key)
             if files is None or not files.items() <= found.items():
                 continue
         positions.append(row.position)
+        shown[row.row] = frames_of(found.get("source_shape", ()))
     is_usable = positions and not (check_data and not _is_intact(part, facts))
+    if is_usable and lengths is not None and record.max_frames is not None:
+        lengths.update(shown)
     return replace(part, positions=tuple(positions)) if is_usable else None
 
 
@@ -337,7 +352,7 @@ def preview_reuse(plan: BuildPlan, manifest: Manifest, published: DatasetInfo | 
         for item in plan.split_units(manifest, split, digests):
             if isinstance(item, ShardTask):
                 continue
-            found, missing = find_finished(plan, item, check_images=is_checked, check_data=False)
+            found, missing, _ = find_finished(plan, item, check_images=is_checked, check_data=False)
             num_rebuilt += len(missing)
             for part in found:
                 positions = part.part.positions or ()

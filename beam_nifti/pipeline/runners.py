@@ -1,6 +1,6 @@
 """Where a build runs: from Beam's flags to options that the runner can work with.
 
-What the flags lack is said at once and in full, before anything is read, written or staged.
+Missing flags are reported before anything is read, written or staged.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _environment_problems(known: argparse.Namespace) -> Iterator[str]:
             known.sdk_container_image or "beam-nifti:0.1.0",
         )
     if kind == "PROCESS" and not (config or "process_command" in options):
-        why = "the command that starts a worker, there where this package is installed"
+        why = "the command that starts a worker on a machine with this package"
         yield _missing("environment_config", why, """'{"command": "/opt/apache/beam/boot"}'""")
     if kind == "EXTERNAL" and not (config or "external_service_address" in options):
         yield _missing("environment_config", "the address of the worker pool", "localhost:50000")
@@ -245,12 +245,12 @@ def _stages_packages(known: argparse.Namespace) -> bool:
 _MASTERS: Final = {
     "FlinkRunner": (
         "flink_master",
-        "the cluster; [local] is a Flink inside this machine's job server",
+        "give the address of the cluster, or [local] for a Flink inside the job server on this machine",
         "HOST:8081",
     ),
     "SparkRunner": (
         "spark_master_url",
-        "the cluster; local[4] is a Spark inside this machine's job server",
+        "give the address of the cluster, or local[4] for a Spark inside the job server on this machine",
         "spark://HOST:7077",
     ),
 }

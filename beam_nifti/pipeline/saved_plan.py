@@ -9,6 +9,7 @@ from typing import Any, Final
 from beam_nifti.config import SPLIT_PATTERN, Sharding
 from beam_nifti.errors import DatasetError, OutputBusyError, OutputError, UsageError
 from beam_nifti.pipeline.parts import BUILD_FOLDER, parts_root
+from beam_nifti.pipeline.statistics_file import STATISTICS_NAME
 from beam_nifti.record.dataset_files import FAILURES_FILE, MAX_INFO_BYTES, revision_of_failures
 from beam_nifti.record.dataset_info import LAST_REVISION, DatasetInfo
 from beam_nifti.record.sharding import Layout, ShardName
@@ -21,7 +22,7 @@ SUMMARY_NAME: Final = "summary.json"
 
 _PLAN_NAME: Final = "plan.json"
 _WRITE_NAME: Final = "write.json"
-_BESIDE: Final = (SUMMARY_NAME, FAILURES_FILE, _WRITE_NAME)
+_BESIDE: Final = (SUMMARY_NAME, STATISTICS_NAME, FAILURES_FILE, _WRITE_NAME)
 SAVED_FILES: Final = (f"{BUILD_FOLDER}/{_PLAN_NAME}", f"{BUILD_FOLDER}/{_WRITE_NAME}")
 """Paths of both plans in an output."""
 
@@ -129,8 +130,8 @@ class SavedPlan:
         if foreign:  # what is in there is removed when the build ends
             raise OutputError(
                 f"{path}: names the folder {foreign[0]!r} for temporary files, which belongs to no build of "
-                f"{output}; move OUTPUT back if it was moved, choose another OUTPUT, or --overwrite to "
-                "discard what is unfinished"
+                f"{output}; move OUTPUT back if it was moved, choose another OUTPUT, or use --overwrite "
+                "to discard what is unfinished"
             )
         return saved
 

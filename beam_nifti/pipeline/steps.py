@@ -26,25 +26,36 @@ from apache_beam.pvalue import PBegin, TaggedOutput
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
-from beam_nifti.config import MASK_DTYPES, PREPARATIONS, Columns, Percentile, RecordConfig, Splitting, Window
+from beam_nifti.config import (
+    MASK_DTYPES,
+    PREPARATIONS,
+    CohortStatistics,
+    Columns,
+    Percentile,
+    RecordConfig,
+    Splitting,
+    Window,
+)
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline import coders as _coders  # noqa: F401  (registers how elements are encoded)
 from beam_nifti.pipeline.configure import make_record_config
-from beam_nifti.pipeline.failures import Failure
+from beam_nifti.pipeline.failures import Absence, Failure
 from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.options import Names, Numbers, Rule, StrPath
 from beam_nifti.pipeline.parameters import as_parameters, naming_parameters
 from beam_nifti.pipeline.parts import PartFile, PartWriter
 from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.pipeline.records import Record
+from beam_nifti.pipeline.statistics_file import Analysis
 from beam_nifti.record.example import encode_volume
 from beam_nifti.record.index import IndexEntry
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.process import keep_buffers
 from beam_nifti.support.wording import counted, one_line
+from beam_nifti.volume.files import frames_of
 from beam_nifti.volume.notes import counter_name
 from beam_nifti.volume.preprocess import prepare_volume, require_volume
 from beam_nifti.volume.user_function import load_functions
@@ -54,7 +65,7 @@ send_whole_elements()
 
 FAILURES: Final = "failures"
 _PREPARED: Final = (*PREPARATIONS, "preprocess_sha256")
-_RESCALED: Final = ("rescale", "rescale_within", "clip", "voxel_dtype")
+_RESCALED: Final = ("rescale", "rescale_within", "rescale_stats", "clip", "voxel_dtype")
 _Values = beam.PCollection[Any]
 
 
@@ -130,18 +141,32 @@ class LoadVolumeFn(beam.DoFn):
         """Prepare a thread."""
         keep_buffers()
 
-    def process(self, row: VolumeRow) -> Iterable[Volume]:
-        """Yield the volume; or the volumes of its frames, each made when it is requested."""
+    def process(self, row: VolumeRow) -> Iterable[Any]:
+        """Yield the volume; or the volumes of its frames, each made when it is requested.
+
+        Before these, (shard, Absence) on the output FAILURES if the image has fewer frames than others.
+        """
         _require_columns(row, self._config)
         arguments = row, self._folder, self._shape, self._dtype, self._config
         with timed(self._msec):
             is_split = self._config.frames == "each"
             volumes = load_frames(*arguments) if is_split else iter([load_volume(*arguments)])
             volume = next(volumes)
-        self._loaded.inc(len(row.positions))
+        absent = _absent_positions(row, volume)
+        self._loaded.inc(len(row.positions) - len(absent))
+        if absent:
+            yield TaggedOutput(FAILURES, (row.shard, Absence(absent)))
         self._bytes.inc(sum(file.size for files in volume.source.files for file in files))
         yield volume
         yield from volumes
+
+
+def _absent_positions(row: VolumeRow, volume: Volume) -> tuple[int, ...]:
+    """Positions of the wanted frames that an image does not have, by the volume of one of its frames."""
+    if row.num_frames is None:
+        return ()
+    num_frames = frames_of(volume.source.shape)
+    return tuple(row.position + frame for frame in row.frames if frame >= num_frames)
 
 
 def _require_columns(row: VolumeRow, config: RecordConfig) -> None:
@@ -223,7 +248,10 @@ class RescaleFn(_VolumeFn):
         """Yield the rescaled volume."""
         with timed(self._msec):
             volume = self._checked(volume)
-            rescaled = rescale_volume(volume, _joined(volume.config, self._config, _RESCALED))
+            config = _joined(volume.config, self._config, _RESCALED)
+            if self.follows_any:
+                config.require_own_statistics()
+            rescaled = rescale_volume(volume, config)
         yield rescaled
 
 
@@ -314,9 +342,9 @@ class GuardedFn(beam.DoFn):
 
 
 def guarded(step: beam.DoFn, output: Any, folder: str = "", *, release: bool = False) -> Any:
-    """A step with two outputs: `main`, of type `output`, and FAILURES, of (shard, Failure)."""
+    """A step with two outputs: `main`, of type `output`, and FAILURES, of (shard, Failure or Absence)."""
     pardo = beam.ParDo(GuardedFn(step, folder, release=release))
-    typed = pardo.with_output_types(output, **{FAILURES: tuple[str, Failure]})
+    typed = pardo.with_output_types(output, **{FAILURES: tuple[str, Failure | Absence]})
     return typed.with_outputs(FAILURES, main="main")
 
 
@@ -381,7 +409,7 @@ class _ReadRowsFn(beam.DoFn):
         kept = manifest.kept_rows().tolist()
         for start in range(0, len(kept), _ROWS_AT_A_TIME):
             for row in manifest.rows(kept[start : start + _ROWS_AT_A_TIME]):
-                files = [storage.join(manifest.folder, file) for file in row.files]
+                files = [file and storage.join(manifest.folder, file) for file in row.files]
                 yield replace(
                     row,
                     path=files[0],
@@ -398,6 +426,7 @@ _OF_MANIFEST: Final = {
     "id_column": "Columns.id",
     "mask_column": "Columns.mask",
     "missing_label": "Columns.missing_label",
+    "missing_mask": "Columns.missing_mask",
     "split": "splitting",
     "split_seed": "Splitting.seed",
     "stratify": "Splitting.stratify",
@@ -453,6 +482,7 @@ class LoadVolume(_Step):
             `Columns.path`; None for one image.
         mask_dtype: dtype of the label map that is each row's last file, as named by `Columns.mask`; None if
             rows have none.
+        map_labels: labels of masks that become others, as in `BuildOptions`.
         align: "first" brings other images and masks to the voxel grid of the first image, as in
             `BuildOptions`; None refuses other grids.
         interpolation: how values between voxel centres are computed for that, as in `BuildOptions`.
@@ -473,17 +503,19 @@ class LoadVolume(_Step):
         complex: str | None = None,
         channels: Names | None = None,
         mask_dtype: str | None = None,
+        map_labels: str | Mapping[Any, SupportsIndex] | None = None,
         align: str | None = None,
         interpolation: str | None = None,
         mask_interpolation: str | None = None,
         antialias: bool | None = None,
     ) -> None:
         super().__init__()
-        given = {
+        given: dict[str, object] = {
             "frames": frames,
             "complex": complex,
             "path_column": channels,
             "mask_dtype": mask_dtype,
+            "map_labels": map_labels,
             "align": align,
             "interpolation": interpolation,
             "mask_interpolation": mask_interpolation,
@@ -491,6 +523,8 @@ class LoadVolume(_Step):
         }
         with naming_parameters(path_column="channels"):
             config = make_record_config(given)
+        if config.map_labels is not None and config.mask_dtype is None:
+            raise UsageError("map_labels maps labels of masks; give mask_dtype too, or drop it")
         if config.frames == "each":
             raise UsageError(
                 "frames is 'each', which makes several records per row, and only a build can number them; "
@@ -500,11 +534,12 @@ class LoadVolume(_Step):
 
 
 class Preprocess(_Step):
-    """Reorient, resample, crop and pad volumes, in this order: from `Volume` to `Volume`.
+    """Make finite, reorient, resample, crop and pad volumes, in this order: from `Volume` to `Volume`.
 
     To apply your own function, add a step: `beam.Map(function)`.
 
     Args:
+        nonfinite: what becomes of NaN and infinite voxels, as in `BuildOptions`; None leaves them.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS".
         reference: image whose voxel grid volumes are resampled to, or the grid, as in `BuildOptions`. The
             image is read when the step is made.
@@ -529,6 +564,7 @@ class Preprocess(_Step):
     def __init__(
         self,
         *,
+        nonfinite: Rule | None = None,
         orientation: str | None = None,
         reference: StrPath | Mapping[str, Any] | None = None,
         spacing: Numbers | SupportsFloat | None = None,
@@ -543,6 +579,7 @@ class Preprocess(_Step):
     ) -> None:
         super().__init__()
         given = {
+            "nonfinite": nonfinite,
             "orientation": orientation,
             "reference": reference,
             "spacing": spacing,
@@ -565,6 +602,8 @@ class Rescale(_Step):
     Args:
         rescale: which intensities become 0 and 1, as in `BuildOptions`.
         within: which voxels are measured, as `rescale_within` of `BuildOptions`; None means all.
+        stats: statistics of the cohort, as `rescale_stats` of `BuildOptions`; required by "cohort:zscore" and
+            ("cohort:percentile", low, high). A file is read here, not by the workers.
         clip: whether rescaled voxels outside [0, 1] are set to 0 or 1.
         voxel_dtype: same as in `BuildOptions`.
 
@@ -579,13 +618,16 @@ class Rescale(_Step):
         rescale: Rule | Percentile | Window | None = "minmax",
         *,
         within: Rule | None = None,
+        stats: StrPath | CohortStatistics | Analysis | None = None,
         clip: bool | None = False,
         voxel_dtype: str | None = "float32",
     ) -> None:
         super().__init__()
         given = {"rescale": rescale, "rescale_within": within, "clip": clip, "voxel_dtype": voxel_dtype}
-        with naming_parameters(rescale_within="within"):
-            self._step = RescaleFn(make_record_config(given))
+        with naming_parameters(rescale_within="within", rescale_stats="stats"):
+            config = make_record_config({**given, "rescale_stats": stats})
+            _ = config.cohort_ranges  # an error without statistics, or if they lack a percentile
+            self._step = RescaleFn(config)
 
 
 class EncodeExample(_Step):

@@ -135,7 +135,7 @@ def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Tally, s
         with redacting(row, folder), reading(row.path):
             # An image that the build would make with other options counts too.
             header = header or load_header(row, folder, record, is_any=True)
-            examined = [image_files(storage.join(folder, path)) for path in row.files]
+            examined = [image_files(storage.join(folder, path)) for path in row.existing_files]
             found.source_bytes = sum(storage.stat(file).size for files in examined for file in files)
             # The files of the voxels: headers of pairs are often alike.
             heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
@@ -161,7 +161,7 @@ def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeade
         return load_header(row, folder, record)
     header = load_header(row, folder, record, build.required_shape, build.required_dtype)
     if record.frames == "each":
-        require_frames(row.path, header, build.num_frames)
+        require_frames(row.path, header, build.num_frames, record)
     return header
 
 
@@ -214,12 +214,22 @@ def make_report(
         },
         **{name: dict(tally(survey.kinds, fact).most_common()) for name, fact in _FACTS.items()},
         "num_shards": build.num_shards if build else 0,
+        **_measured_first(survey, plan),
         "worker_bytes": round(_PROCESS_BYTES + _COPIES * survey.largest_bytes),
         "twins": [[name for name, _ in group] for group in copies],
         "twins_across_splits": [dict(group) for group in copies if len({split for _, split in group}) > 1],
         "suggested_flags": advice.flags,
         "not_suggested": not_suggested,
     }
+
+
+def _measured_first(survey: Tally, plan: CheckPlan) -> dict[str, Any]:
+    """What a build measures before its records, if its output holds no statistics."""
+    record = plan.config.record
+    if plan.build is None or not record.is_of_cohort or record.rescale_stats is not None:
+        return {}
+    splits = record.measured_splits
+    return {"measured": {"splits": list(splits), "num_volumes": sum(survey.splits[s] for s in splits)}}
 
 
 def _reference(image: NamedImage) -> dict[str, Any]:
@@ -232,7 +242,7 @@ class Survey(Document):
     Its items are those of `beam-nifti check --json`, whose texts name flags.
 
     Attributes:
-        problems: a sentence for each of the first images that the build would skip.
+        problems: a sentence for each of the first images that would fail.
         refusal: why the build would write nothing; "" if it would write a dataset.
         ok: whether the build would be complete, as far as headers show; also the truth value of the survey.
     """
@@ -291,6 +301,12 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "would make", f"{examples}, {shards}, {bytes_text(r['record_bytes'])}"
     if len(r["splits"]) > 1:
         yield "splits", ", ".join(f"{name} {count:,}" for name, count in r["splits"].items())
+    if measured := r.get("measured"):
+        volumes = counted(measured["num_volumes"], "volume")
+        yield (
+            "measure first",
+            f"{volumes} of {', '.join(measured['splits'])}, unless the output has statistics",
+        )
     yield "memory", f"about {bytes_text(r['worker_bytes'])} for a worker of one thread"
     if r["suggested_flags"]:
         yield "suggestion", " ".join(["use", *r["suggested_flags"]])

@@ -30,7 +30,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from beam_nifti.errors import BuildSummary
 from beam_nifti.manifest.manifest import WHOLE_SHARD, VolumeRow
 from beam_nifti.pipeline import lock
-from beam_nifti.pipeline.failures import Failure
+from beam_nifti.pipeline.failures import Absence, Failure
 from beam_nifti.pipeline.merge import ShardMerge, count_differing, keep_if_same
 from beam_nifti.pipeline.parts import Part, PartWriter, parts_folder
 from beam_nifti.pipeline.plan import BuildPlan, ShardTask, WorkUnit
@@ -51,9 +51,10 @@ from beam_nifti.pipeline.steps import (
     timed,
 )
 from beam_nifti.record.dataset_info import ShardInfo
-from beam_nifti.record.index import IndexEntry, mask_labels, read_index
+from beam_nifti.record.index import IndexEntry, read_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tiles import encode_record
+from beam_nifti.record.totals import RecordTotals
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.volume import Volume
 
@@ -68,7 +69,8 @@ class ShardOutcome:
 
     shard: ShardInfo
     failures: tuple[Failure, ...]
-    mask_labels: frozenset[int] = frozenset()
+    totals: RecordTotals
+    num_absent: int = 0
 
 
 class ReadUnitsFn(beam.DoFn):
@@ -92,13 +94,15 @@ class SkipFinished(beam.DoFn):
         self._progress = current_progress()
 
     def process(self, unit: WorkUnit) -> Iterable[Any]:
-        """Yield what is left of the unit; and (shard, Part) for what is not."""
-        found, missing = find_finished(self._plan, unit)
+        """Yield what is left of the unit; and (shard, Part or Absence) for what is not."""
+        found, missing, absent = find_finished(self._plan, unit)
         for part in (f.part for f in found):
             num_records = len(part.positions or ())
             self._skipped.inc(num_records)
             self._progress.add(kept=num_records)
             yield TaggedOutput(FINISHED, (str(unit.task.name), part))
+        if absent:
+            yield TaggedOutput(FINISHED, (str(unit.task.name), Absence(tuple(absent))))
         if missing:
             yield WorkUnit(unit.task, tuple(_still_missing(unit.rows, missing)))
 
@@ -185,7 +189,9 @@ class CommitShards(beam.DoFn):
         self._differing = Metrics.counter(type(self), "examples-differing")
         self._progress = current_progress()
 
-    def process(self, shard: tuple[str, Iterable[ShardTask | Part | Failure]]) -> Iterable[ShardOutcome]:
+    def process(
+        self, shard: tuple[str, Iterable[ShardTask | Part | Failure | Absence]]
+    ) -> Iterable[ShardOutcome]:
         """Yield what became of the shard's rows."""
         plan, output, record = self._plan, self._plan.config.output, self._plan.config.record
         outcomes = list(shard[1])
@@ -193,7 +199,8 @@ class CommitShards(beam.DoFn):
         parts = [o for o in outcomes if isinstance(o, Part)]
         failures = {o.row.position: o for o in outcomes if isinstance(o, Failure)}
         failed = {position for failure in failures.values() for position in failure.row.positions}
-        name, expected = task.name, set(task.positions) - failed
+        absent = {p for o in outcomes if isinstance(o, Absence) for p in o.positions}
+        name, expected = task.name, set(task.positions) - failed - absent
         require_current(output, plan.identity)
         with timed(self._msec):
             folder = parts_folder(plan.parts_root, record.fingerprint, name.split, name.index)
@@ -206,10 +213,11 @@ class CommitShards(beam.DoFn):
                 self._differing.inc(num_differing)
         self._committed.inc()
         self._progress.add(shards=1)
-        labels = frozenset[int]()
-        if record.mask_dtype is not None:
-            labels = frozenset(mask_labels(read_index(storage.join(output, info.index), below=output)[0]))
-        yield ShardOutcome(info, tuple(failures.values()), labels)
+        totals = RecordTotals()
+        if columns := RecordTotals.columns(record):
+            table, _ = read_index(storage.join(output, info.index), columns=columns, below=output)
+            totals = RecordTotals.of(table)
+        yield ShardOutcome(info, tuple(failures.values()), totals, len(absent))
 
 
 class WriteDatasetInfo(beam.DoFn):
@@ -229,8 +237,9 @@ class WriteDatasetInfo(beam.DoFn):
         failures = [f for o in outcomes for f in o.failures]
         require_current(self._plan.config.output, self._plan.identity)
         lock.require_held(self._plan.config.output)
-        labels = {label for o in outcomes for label in o.mask_labels}
-        summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures, labels)
+        totals = sum((o.totals for o in outcomes), RecordTotals())
+        num_absent = sum(o.num_absent for o in outcomes)
+        summary = publish_dataset(self._plan, [o.shard for o in outcomes], failures, totals, num_absent)
         if self._enforces_limit and not summary.complete:
             raise too_many_failures(summary, self._plan.config)
         yield summary
@@ -273,7 +282,7 @@ class BuildDataset(beam.PTransform[Any, Any]):
             | "Reshuffle" >> beam.Reshuffle().with_output_types(WorkUnit)  # WorkUnit
             | "SkipFinished"
             >> beam.ParDo(SkipFinished(plan))
-            .with_output_types(WorkUnit, **{FINISHED: tuple[str, Part]})
+            .with_output_types(WorkUnit, **{FINISHED: tuple[str, Part | Absence]})
             .with_outputs(FINISHED, main="units")
         )
         folder = storage.dirname(config.manifest)
@@ -303,9 +312,9 @@ class BuildDataset(beam.PTransform[Any, Any]):
             (*outcomes, *(s[FAILURES] for s in (*steps, rescaled, encoded)))
             | "Flatten"
             >> beam.Flatten().with_output_types(
-                tuple[str, ShardTask | Part | Failure]
-            )  # (shard, ShardTask | Part | Failure)
-            | "GroupByKey" >> beam.GroupByKey()  # (shard, [ShardTask | Part | Failure])
+                tuple[str, ShardTask | Part | Failure | Absence]
+            )  # (shard, ShardTask | Part | Failure | Absence)
+            | "GroupByKey" >> beam.GroupByKey()  # (shard, [ShardTask | Part | Failure | Absence])
             | "CommitShards" >> beam.ParDo(CommitShards(plan)).with_output_types(ShardOutcome)  # ShardOutcome
             | "WithoutKey"
             >> beam.Map(_without_key).with_output_types(tuple[None, ShardOutcome])  # (None, ShardOutcome)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from beam_nifti.support import logs
 from beam_nifti.support.arguments import dashed, suggest_flag
 
 if TYPE_CHECKING:
@@ -71,3 +72,24 @@ class Watcher:
     def around(self, engine: Engine) -> contextlib.AbstractContextManager[object]:
         """Make a context that is entered while the pipeline runs."""
         return contextlib.nullcontext()
+
+
+class LogWatcher(Watcher):
+    """Logs the numbers that the command line prints, which the result of a build does not have."""
+
+    def on_estimate(self, plan: BuildPlan, estimate: Estimate) -> None:
+        """Log what would be done."""
+        reuse = estimate.reuse
+        kept = reuse.num_published + reuse.num_unfinished if reuse else 0
+        built = reuse.num_rebuilt if reuse else plan.num_examples
+        logs.LOGGER.info("would keep %d and build %d examples", kept, built)
+
+    def on_kept(self, num_examples: int) -> None:
+        """Log it."""
+        logs.LOGGER.info("kept %d examples of an earlier run", num_examples)
+
+    def on_end(self, summary: BuildSummary, metrics: Metrics) -> None:
+        """Log what was done."""
+        kept = metrics.counters.get("volumes-skipped", 0)
+        built = summary.num_written - kept
+        logs.LOGGER.info("kept %d and built %d examples; %d failed", kept, built, summary.num_failed)

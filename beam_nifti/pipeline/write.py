@@ -229,7 +229,7 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
     Args:
         output: folder of the dataset, local or a URL that all workers can reach.
         examples_per_shard: records per shard.
-        num_shards: shards per split. If neither is given, shards have about 192 MiB.
+        num_shards: shards per split. If neither is given, shards have about 200 MB.
         compression: "gzip" or "none".
         compression_level: igzip level, 0 (fastest) to 3; None means 2.
         overwrite: whether to replace an existing dataset, which stays readable until then.
@@ -311,8 +311,7 @@ class WriteToTFRecord(beam.PTransform[Any, Any]):
 
     def _require_only_writer(self, pipeline: beam.Pipeline) -> None:
         output = self._target.output
-        if not output.strip("/"):
-            raise UsageError(f"output is {output}, the root of the file system; choose a folder below it")
+        storage.refuse_unwritable(output, "output")
         outputs = _OUTPUTS.setdefault(pipeline, set())
         if output in outputs:
             raise UsageError(

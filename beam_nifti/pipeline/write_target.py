@@ -74,6 +74,11 @@ class Target:
             DatasetError: it is damaged.
         """
         published = find_replaceable(self.output, overwrite=self.config.overwrite)
+        if published is not None and published.withdrawn:
+            raise OutputError(
+                f"{self.output}: holds a dataset from which participants were withdrawn, who are not known "
+                "among records without a manifest; choose another output"
+            )
         if published is not None and not self.config.overwrite:
             raise OutputError(
                 f"{self.output}: holds a dataset; choose another output, or use overwrite=True to replace it"

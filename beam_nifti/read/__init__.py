@@ -1,4 +1,4 @@
 """Reading for training. Input: a dataset. Output: tensors and arrays.
 
-Users import `beam_nifti.reader` and `beam_nifti.random_access`. No other folder imports from here.
+Users import `beam_nifti.reader` and `beam_nifti.random_access`. For other folders: `opening`.
 """

@@ -237,6 +237,6 @@ def _describe_field(field: pa.Field, info: DatasetInfo) -> Column:
     dtype = tf.string if pa.types.is_string(kind) else tf.as_dtype(kind.to_pandas_dtype())
     num_axes = len(info.shape) if info.shape else None
     sizes = {"zooms": 3, "shape": num_axes, "mask_labels": None, "source_shape": None, "source_affine": 16}
-    sizes |= dict.fromkeys((*SOURCE_LISTS, "mask_positions", "member_lengths"))
+    sizes |= dict.fromkeys((*SOURCE_LISTS, "mask_positions", "mapped_labels", "member_lengths"))
     size = sizes.get(field.name, info.record_config.num_channels)
     return Column(field.name, dtype, (size,) if is_list else ())

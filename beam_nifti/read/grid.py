@@ -1,4 +1,4 @@
-"""Sliding windows: patches that cover a record, and one volume from the predictions of a model for them."""
+"""Sliding windows: patches that cover a volume, and one volume from the predictions of a model for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, SupportsIndex
+from typing import Any, Final, Literal, Protocol, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +51,45 @@ class Corners(Sequence[tuple[int, ...]]):
         return tuple(corner)
 
 
+class PatchSource(Protocol):
+    """A volume of which patches can be read."""
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether the channel axis is the first axis of a patch."""
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """The number of voxels along x, y and z."""
+
+    def read_patch(self, box: Box) -> Element:
+        """The patch in a box of voxels, as `Dataset.patch` returns it."""
+
+
+@dataclass(frozen=True)
+class RecordSource:
+    """A record, by its row of the table."""
+
+    records: Records
+    row: int
+
+    @property
+    def channels_first(self) -> bool:
+        """As for `PatchSource`."""
+        return self.records.channels_first
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """As for `PatchSource`."""
+        return self.records.shape_of(self.row)[:3]
+
+    def read_patch(self, box: Box) -> Element:
+        """As for `PatchSource`; a DatasetError if the record is missing or damaged."""
+        return read_patch(self.records, self.row, box)
+
+
 class PatchGrid:
-    """The sequence of patches that cover a record, from `Dataset.grid_patches`.
+    """The sequence of patches that cover a volume, from `grid_patches` of `Dataset` or `PreparedVolume`.
 
     `grid[i]` reads one patch, like `Dataset.patch`. Neighbours overlap by at least the requested share, and
     are evenly spaced along each axis. Patches are inside the volume; along an axis on which the volume is
@@ -63,17 +100,20 @@ class PatchGrid:
         shape: shape of a patch: voxels along x, y and z.
     """
 
-    def __init__(self, records: Records, row: int, shape: Sequence[SupportsIndex], overlap: float) -> None:
+    def __init__(self, source: PatchSource, shape: Sequence[SupportsIndex], overlap: float) -> None:
         overlap = require_share("overlap", overlap, below_1=True)
-        self._records, self._row = records, row
+        self._source = source
         self.shape = sizes("the shape of a patch", shape)
-        self._volume = records.shape_of(row)[: len(self.shape)]
+        self._volume = source.space
         axes = zip(self._volume, self.shape, strict=True)
         self.corners = Corners(tuple(_starts(size, length, overlap) for size, length in axes))
 
     def __len__(self) -> int:
         """The number of patches."""
         return len(self.corners)
+
+    def __repr__(self) -> str:
+        return f"<PatchGrid of {len(self):,} patches of {self.shape} in a volume of {self._volume}>"
 
     def __getitem__(self, index: SupportsIndex) -> Element:
         """Read one patch.
@@ -83,9 +123,7 @@ class PatchGrid:
             TypeError: `index` is not a number.
             DatasetError: the record is missing or damaged; the message names it.
         """
-        return read_patch(
-            self._records, self._row, Box(self.corners[item_number(index, "patch")], self.shape)
-        )
+        return self._source.read_patch(Box(self.corners[item_number(index, "patch")], self.shape))
 
     def stitch(
         self, predictions: Iterable[npt.ArrayLike], weights: Literal["gaussian", "constant"] = "gaussian"
@@ -110,7 +148,7 @@ class PatchGrid:
             raise UsageError(f"weights is {weights!r}; choose one of: {', '.join(_WEIGHTS)}")
         sides = [_side(size) if weights == "gaussian" else np.ones(size, np.float32) for size in self.shape]
         weight = functools.reduce(np.multiply, np.ix_(*sides))[..., np.newaxis]
-        axis = 0 if self._records.channels_first else len(self.shape)
+        axis = 0 if self._source.channels_first else len(self.shape)
         found, mass = None, np.zeros((*self._volume, 1), np.float32)
         number = -1
         for number, prediction in enumerate(predictions):

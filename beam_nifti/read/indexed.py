@@ -24,7 +24,7 @@ import tensorflow as tf
 from beam_nifti.errors import DatasetError, ShardError, UsageError
 from beam_nifti.read.columns import Array, Column, channels_of, describe_columns
 from beam_nifti.read.opening import REMOTE_READS, rebuilt
-from beam_nifti.read.order import Order
+from beam_nifti.read.order import Numbers, Order
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
 from beam_nifti.read.request import Batching, Passes
@@ -38,6 +38,9 @@ Cells: TypeAlias = tf.Tensor | tf.RaggedTensor
 
 Draw: TypeAlias = Callable[[Dataset], PatchDataset]
 """Draws patches of records."""
+
+DrawRecords: TypeAlias = Callable[[Dataset], Callable[[int], Numbers]]
+"""Makes a function of records that draws the numbers of some of them in an epoch."""
 
 _QUIET_SECONDS: Final = 0.1
 """Time without a call after which a pipeline counts as idle. Calls are microseconds apart."""
@@ -114,9 +117,17 @@ class _Steps:
         *,
         skips: bool,
         draw: Draw | None,
+        draw_records: DrawRecords | None,
     ) -> None:
         self._records, self.columns, self._order = records, columns, order
-        self._patches = draw and draw(records)
+        self._drawn = drawn = draw_records and draw_records(records)
+        self._per_volume = draw(records).patches.per_volume if draw else 1
+        # They do not refer to this object, which is freed with its last reference.
+        records_of = lru_cache(maxsize=2)(lambda epoch: records[drawn(epoch)] if drawn else records)
+        self._records_of: Callable[[int], Dataset] = records_of
+        self._patches_of: Callable[[int], PatchDataset] | None = None
+        if draw is not None:
+            self._patches_of = lru_cache(maxsize=2)(lambda epoch: draw(records_of(epoch)).epoch(epoch))
         self.batching, self._skips = batching, skips
         self._is_batch = batching.size is not None or skips
         self._skipped: set[int] = set()
@@ -158,9 +169,10 @@ class _Steps:
             column.put(element, array, place)
 
     def _find(self, epoch: int, number: int, *, in_place: bool) -> Element:
-        if self._patches is not None:
-            return self._patches.epoch(epoch)[number]
-        return self._records.read_in_place(number) if in_place else self._records[number]
+        if self._patches_of is not None:
+            return self._patches_of(epoch)[number]
+        records = self._records_of(epoch)
+        return records.read_in_place(number) if in_place else records[number]
 
     def _join(self, column: Column, elements: Sequence[Element]) -> Sequence[Array]:
         """The arrays of a column whose cells may differ in shape, or of records that may be skipped."""
@@ -179,8 +191,9 @@ class _Steps:
         except DatasetError as e:
             if not (self._skips and isinstance(e.__cause__, ShardError)):
                 raise
-            if self._patches is not None:
-                number //= self._patches.patches.per_volume
+            number //= self._per_volume
+            if self._drawn is not None:
+                number = int(self._drawn(epoch)[number])
             with self._lock:
                 is_new = number not in self._skipped
                 self._skipped.add(number)
@@ -279,7 +292,15 @@ def read_indexed(
     numbers = _count_steps(order, passes, start, resumes)
     threads = _count_reads(records.path)
     _threads(threads)  # start them here, in a Python thread
-    open_steps = partial(_Steps, columns=columns, order=order, batching=batching, skips=skips, draw=draw)
+    open_steps = partial(
+        _Steps,
+        columns=columns,
+        order=order,
+        batching=batching,
+        skips=skips,
+        draw=draw,
+        draw_records=passes.draw_records(),
+    )
     digest = records.digest
 
     def open_again() -> _Steps:

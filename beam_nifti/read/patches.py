@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, SupportsIndex
 
 import numpy as np
@@ -220,25 +221,29 @@ def read_patch(records: Records, row: int, box: Box) -> Element:
     patches = _from_tiles(records, row, names, box)
     if patches is None:
         element = records.read(row)
-        patches = {name: _from_volume(records, row, name, element[name], box) for name in names}
-    if records.channels_first:
+        config = records.opened.info.record_config
+        cut = partial(cut_patch, box=box, config=config, channels_first=records.channels_first)
+        patches = {name: cut(element[name], is_image=name == "image") for name in names}
+    elif records.channels_first:
         patches = {name: np.ascontiguousarray(np.moveaxis(p, -1, 0)) for name, p in patches.items()}
     if "affine" in element:
         element["affine"] = box.place(element["affine"])
     return {name: patches[name] if name in patches else element[name] for name in records.columns}
 
 
-def _from_volume(records: Records, row: int, name: str, volume: Array, box: Box) -> Array:
-    """A patch of a volume that was read completely."""
-    if records.channels_first:
+def cut_patch(
+    volume: Array, box: Box, config: RecordConfig, *, is_image: bool, channels_first: bool
+) -> Array:
+    """A patch of a volume that is in memory, in C order: an image, or otherwise a mask."""
+    if channels_first:
         volume = np.moveaxis(volume, 0, -1)
-    config = records.opened.info.record_config
     inside = box.inside(volume.shape)
-    if name == "image":
+    if is_image:
         padding = np.fmin.reduce(volume, axis=None if config.channels is None else (0, 1, 2))
     else:
         padding = np.zeros(1, volume.dtype)
-    return box.pad(volume[inside], inside, padding)
+    patch = box.pad(volume[inside], inside, padding)
+    return np.ascontiguousarray(np.moveaxis(patch, -1, 0)) if channels_first else patch
 
 
 def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> dict[str, Array] | None:

@@ -15,11 +15,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from beam_nifti.errors import DatasetError, UsageError
-from beam_nifti.read.grid import PatchGrid
+from beam_nifti.read.drawing import Drawing, Weighed
+from beam_nifti.read.grid import PatchGrid, RecordSource
 from beam_nifti.read.opening import Opened, open_dataset
-from beam_nifti.read.order import item_number
+from beam_nifti.read.order import item_number, whole_number
 from beam_nifti.read.patches import Box, read_patch
 from beam_nifti.read.records import Element, Records, Rows, select_records
+from beam_nifti.read.split_spec import choose_fold
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, one_line
@@ -64,11 +66,13 @@ class Dataset:
         columns: columns of an element; None means image, label (if the dataset has labels), id, affine and
             zooms.
         channels_first: whether images have the shape (C, X, Y, Z), and masks (1, X, Y, Z).
+        fold: fold to leave out of "train", or to read as "validation", of a dataset that was built with
+            `--split kfold:N`; from 0.
 
     Raises:
         DatasetError: the dataset is absent or incomplete, or has no such split; or a shard or an index is
             missing, cannot be reached, or does not match dataset_info.json.
-        UsageError: `split`, `where` or `columns` is not valid, or names a column that does not exist.
+        UsageError: `split`, `fold`, `where` or `columns` is not valid, or names a column that does not exist.
     """
 
     def __init__(
@@ -79,8 +83,11 @@ class Dataset:
         where: str | None = None,
         columns: Sequence[str] | None = None,
         channels_first: bool = False,
+        fold: SupportsIndex | None = None,
     ) -> None:
         opened = open_dataset(storage.absolute(storage.path_text("path", path)))
+        if fold is not None:
+            split = choose_fold(opened.path, opened.info, split, fold)
         self._records, self._rows = select_records(opened, split, where, columns, channels_first)
 
     def __len__(self) -> int:
@@ -269,7 +276,8 @@ class Dataset:
             UsageError: `patch` is not three integers of at least 1 or does not fit into memory, or `overlap`
                 is not from 0 to below 1.
         """
-        return PatchGrid(self._records, self._row(item_number(index, "record")), patch, overlap)
+        row = self._row(item_number(index, "record"))
+        return PatchGrid(RecordSource(self._records, row), patch, overlap)
 
     def save_nifti(
         self,
@@ -277,6 +285,7 @@ class Dataset:
         volume: npt.ArrayLike,
         path: str | os.PathLike[str],
         *,
+        on_source_grid: bool = False,
         overwrite: bool = False,
     ) -> None:
         """Save a volume that a model made of a record, such as a prediction, as a NIfTI image in its space.
@@ -291,6 +300,8 @@ class Dataset:
                 smallest dtype that holds them, such as uint8 for labels, and floats in their own dtype;
                 float16 becomes float32.
             path: ends in .nii or .nii.gz; local or a URL.
+            on_source_grid: whether to save it on the grid of the image that the record was made of, by
+                `beam_nifti.restore` with its defaults.
             overwrite: whether to replace an existing file. A file with the size and the time of one that the
                 dataset was built from is never replaced.
 
@@ -298,13 +309,14 @@ class Dataset:
             IndexError: `index` is out of range.
             UsageError: the volume has another shape or another kind of dtype, or the path has another ending
                 or is that of a file that the dataset was built from.
-            DatasetError: the record has no affine.
+            DatasetError: the record has no affine, or the index does not have the grid of its source.
             OutputError: the file exists.
             OSError: the file cannot be written.
         """
         from beam_nifti.read.saving import save_nifti  # loads nibabel
 
-        save_nifti(self._records, self._row(item_number(index, "record")), volume, path, overwrite)
+        row = self._row(item_number(index, "record"))
+        save_nifti(self._records, row, volume, path, on_source_grid=on_source_grid, overwrite=overwrite)
 
     def by_id(self, example_id: str) -> Element:
         """The record with this id.
@@ -312,13 +324,69 @@ class Dataset:
         Raises:
             DatasetError: none of these records has it, or as for `dataset[i]`.
         """
-        row = pc.index(self._records.table["example_id"], example_id).as_py()
+        return self._records.read(self._row_of(example_id))
+
+    def geometry_of(self, example_id: str) -> dict[str, Any]:
+        """Where a record and its source lie in space, as the index has it. No record is read.
+
+        Returns:
+            The shape of the record, and the columns affine, zooms, source_shape and source_affine of the
+            index, if it has them.
+
+        Raises:
+            DatasetError: none of these records has the id.
+        """
+        row = self._row_of(example_id)
+        (cells,) = self._records.geometry.slice(row, 1).to_pylist()
+        return {**cells, "shape": self._records.shape_of(row)}
+
+    def _row_of(self, example_id: str) -> int:
+        row = int(pc.index(self._records.table["example_id"], example_id).as_py())
         if row < 0 or row not in self._rows:
             raise DatasetError(
                 f"{self.path}: no record {example_id!r} among these {len(self)}; look for it in "
                 "`ids`, or in another split"
             )
-        return self._records.read(row)
+        return row
+
+    def draw(
+        self,
+        *,
+        balance: str | None = None,
+        weights: str | None = None,
+        seed: SupportsIndex,
+        epoch: SupportsIndex = 0,
+    ) -> Dataset:
+        """As many records as there are, drawn by weight, in random order; some occur several times.
+
+        The draw depends only on these records, seed and epoch, and is the same as that of `load_dataset`. It
+        is even: a record that is expected 2.5 times is there 2 or 3 times. No record is read.
+
+        Args:
+            balance: column of the index, such as "sex", whose values are all equally likely. Texts are
+                compared as they are.
+            weights: column of the index with the weight of each record: finite numbers of at least 0.
+            seed: seed of the draw, at least 0.
+            epoch: number of the epoch, from 0. Every epoch has another draw.
+
+        Raises:
+            DatasetError: the index cannot be read.
+            UsageError: not exactly one of `balance` and `weights` is given; the index does not have the
+                column; it has no value for a record, or no weight; or seed or epoch is not a whole number of
+                at least 0.
+        """
+        drawing = Drawing.of(balance, weights)
+        if drawing is None:
+            raise UsageError("balance and weights are missing; give one of them")
+        numbers = {name: whole_number(name, n) for name, n in (("seed", seed), ("epoch", epoch))}
+        for name, number in numbers.items():
+            if number < 0:
+                raise UsageError(f"{name} is {number}; it must be at least 0")
+        return self[self.weigh(drawing).draw(**numbers)]
+
+    def weigh(self, drawing: Drawing) -> Weighed:
+        """The weights of the records, for `draw`."""
+        return drawing.weigh(self.index([drawing.column])[drawing.column])
 
     def index(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows of the index for these records, in their order: labels for a sampler, ages for a plot.

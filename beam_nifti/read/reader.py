@@ -17,13 +17,14 @@ import tensorflow as tf
 
 from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.read import sequential
+from beam_nifti.read.drawing import Drawing
 from beam_nifti.read.indexed import read_indexed
 from beam_nifti.read.layouts import LAYOUTS, read_files
 from beam_nifti.read.opening import open_dataset
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.request import Batching, Elements, Passes, Shard, group_patches, require_choice
 from beam_nifti.read.sampling import Patches
-from beam_nifti.read.split_spec import SplitPart, parse_split
+from beam_nifti.read.split_spec import SplitPart, choose_fold, parse_split
 from beam_nifti.read.state import check_state, describe_state, require_step
 from beam_nifti.storage import paths as storage
 
@@ -58,6 +59,9 @@ def load_dataset(
     foreground: float | None = None,
     label_weights: Mapping[int, float] | None = None,
     patches: Patches | None = None,
+    fold: int | None = None,
+    balance: str | None = None,
+    weights: str | None = None,
 ) -> tf.data.Dataset:
     """Open the examples of a dataset for training; docs/reading.md describes the arguments in more detail.
 
@@ -90,6 +94,11 @@ def load_dataset(
         label_weights: weight of each label of the mask among these patches, such as {1: 1, 2: 3}; labels that
             are not given have the weight 0. None means that all labels except 0 have the same weight.
         patches: the four arguments above, as one `Patches`.
+        fold: fold to leave out of "train", or to read as "validation", of a dataset that was built with
+            `--split kfold:N`; from 0.
+        balance: column of the index, such as "sex", by whose values examples are drawn, all of them equally
+            likely: as many as there are, some several times. Requires `shuffle`.
+        weights: column of the index with the weight of each example in such a draw.
 
     Returns:
         A dataset whose elements are X and y, X alone if there are no labels, or a dictionary. X is float32 of
@@ -104,11 +113,12 @@ def load_dataset(
     """
     folder = storage.absolute(storage.path_text("path", path))
     drawn = group_patches(patches, patch, patches_per_volume, foreground, label_weights)
+    split = _split_of_fold(folder, split, fold, layout)
     source = _Source(folder, split, where, start, start_state, on_error, engine, layout)
     return source.read(
         Elements(target, label, as_dict, columns, channels_first),
         Batching(batch_size, drop_remainder, pad, ragged),
-        Passes(shuffle, seed, repeat, shard, drawn),
+        Passes(shuffle, seed, repeat, shard, drawn, Drawing.of(balance, weights)),
     )
 
 
@@ -128,6 +138,9 @@ def state_after(
     foreground: float | None = None,
     label_weights: Mapping[int, float] | None = None,
     patches: Patches | None = None,
+    fold: int | None = None,
+    balance: str | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """The state of a run after some steps, from which `load_dataset(…, start_state=…)` continues.
 
@@ -150,6 +163,9 @@ def state_after(
         foreground: same as for `load_dataset`.
         label_weights: same as for `load_dataset`.
         patches: same as for `load_dataset`.
+        fold: same as for `load_dataset`.
+        balance: same as for `load_dataset`.
+        weights: same as for `load_dataset`.
 
     Returns:
         A dictionary of values for JSON, with `steps_per_epoch` among them.
@@ -160,10 +176,23 @@ def state_after(
     """
     step = require_step("step", step)
     drawn = group_patches(patches, patch, patches_per_volume, foreground, label_weights)
-    passes = Passes(shuffle, seed, shard=shard, patches=drawn)
-    records = Dataset(path, split, where=where, columns=["id"])
+    passes = Passes(shuffle, seed, shard=shard, patches=drawn, drawing=Drawing.of(balance, weights))
+    folder = storage.absolute(storage.path_text("path", path))
+    split = _split_of_fold(folder, split, fold)
+    records = Dataset(folder, split, where=where, columns=["id"])
     order = passes.order(len(records), Batching(batch_size, drop_remainder), "state_after")
-    return describe_state(records.info, split, where, order, step, passes.describe_patches())
+    return describe_state(records.info, split, where, order, step, *passes.describe())
+
+
+def _split_of_fold(folder: str, split: str, fold: int | None, layout: str | None = None) -> str:
+    """The split to read; that of a fold, if one is given, names the folds that make it up."""
+    if fold is None:
+        return split
+    if layout is not None:
+        raise UsageError(
+            f"fold requires a dataset_info.json, but layout={layout!r} has none; drop one of the two"
+        )
+    return choose_fold(folder, open_dataset(folder).info, split, fold)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +222,7 @@ class _Source:
             "start_state": self.start_state is not None,
             "shard": passes.shard is not None,
             "patch": passes.patches is not None,
+            **{name: column is not None for name, column in (passes.describe()[1] or {}).items()},
             "where": self.where is not None,
             "on_error": self.on_error != "raise",
             f"split {self.split!r}": parts != (SplitPart(parts[0].name),),
@@ -244,8 +274,7 @@ class _Source:
             if start or skips:
                 other = "start" if start else "on_error='skip', which does not count every batch,"
                 raise UsageError(f"start_state and {other} cannot be combined; drop one of them")
-            drawn = passes.describe_patches()
-            state = describe_state(opened.info, self.split, self.where, order, 0, drawn)
+            state = describe_state(opened.info, self.split, self.where, order, 0, *passes.describe())
             start = check_state(self.path, self.start_state, state)
         reopen = partial(Dataset, self.path, self.split, **chosen)
         examples = read_indexed(

@@ -181,8 +181,9 @@ class Records:
 
     @cached_property
     def geometry(self) -> pa.Table:
-        """The affine and the voxel sizes of each record, from the index."""
-        return self.opened.read_indexes(self.shards, {"affine", "zooms"})
+        """The affine and the voxel sizes of each record, and the grid of its source, from the index."""
+        names = {"affine", "zooms", "source_shape", "source_affine"}
+        return self.opened.read_indexes(self.shards, names)
 
     def prepare_patches(self, around_labels: bool) -> None:
         """As `Dataset.prepare_patches`. Without it, each of several threads might read these tables."""

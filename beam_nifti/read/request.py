@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Final, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -13,8 +13,9 @@ import tensorflow as tf
 
 from beam_nifti.errors import UsageError
 from beam_nifti.read.columns import Column, with_bounded_padding
+from beam_nifti.read.drawing import Drawing
 from beam_nifti.read.opening import Opened
-from beam_nifti.read.order import Order, whole_number
+from beam_nifti.read.order import Numbers, Order, whole_number
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.sampling import PatchDataset, Patches, require_patches
 from beam_nifti.record.example import label_feature
@@ -153,6 +154,7 @@ class Passes:
 
     Attributes:
         patches: patches to draw of each example; None to read it as a whole.
+        drawing: by what examples are drawn; None to read each once.
         epochs: number of epochs of an iteration; None if there is no end.
         host: number of this host, from 0, and number of hosts.
     """
@@ -162,10 +164,14 @@ class Passes:
     repeat: bool | int = False
     shard: Shard = None
     patches: Patches | None = None
+    drawing: Drawing | None = None
     epochs: int | None = field(init=False)
     host: tuple[int, int] = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.drawing is not None and not self.shuffle:
+            name, column = next((n, c) for n, c in self.drawing.describe().items() if c is not None)
+            raise UsageError(f"{name} is {column!r}, which draws at random; add shuffle=True")
         if self.seed is not None:
             if not self.is_random:
                 raise UsageError(f"seed is {self.seed}, but nothing is shuffled; add shuffle=True")
@@ -186,17 +192,30 @@ class Passes:
         """Whether a seed has an effect."""
         return self.shuffle or self.patches is not None
 
-    def describe_patches(self) -> dict[str, Any] | None:
-        """What determines the patches of a run with a seed, as JSON values; None if there are no patches."""
-        if self.patches is None:
-            return None
-        return {"seed": choose_seed(self.seed), **self.patches.describe()}
+    def describe(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """What determines the patches of a run with a seed, and its draws of records, as JSON values.
+
+        None stands for no patches, and for no draws.
+        """
+        seed = {"seed": choose_seed(self.seed)}
+        patches = None if self.patches is None else {**seed, **self.patches.describe()}
+        return patches, None if self.drawing is None else self.drawing.describe()
 
     def draw(self) -> Callable[[Dataset], PatchDataset] | None:
         """A function that draws patches of records; None if records are read as a whole."""
         if self.patches is None:
             return None
         return partial(PatchDataset, patches=self.patches, seed=choose_seed(self.seed))
+
+    def draw_records(self) -> Callable[[Dataset], Callable[[int], Numbers]] | None:
+        """A function from records to a function from an epoch to the numbers of the records to read.
+
+        None if each record is read once. The function raises a UsageError if records have no such weights.
+        """
+        drawing, seed = self.drawing, choose_seed(self.seed)
+        if drawing is None:
+            return None
+        return lambda records: lru_cache(maxsize=2)(partial(records.weigh(drawing).draw, seed))
 
     def order(self, count: int, batching: Batching, resumes: str | None) -> Order:
         """The order of some records, or of the patches of them.

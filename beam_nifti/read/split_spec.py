@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-from beam_nifti.config import SPLIT_PATTERN
+from beam_nifti.config import FOLD_PARTS, SPLIT_PATTERN
 from beam_nifti.errors import UsageError
+from beam_nifti.read.order import whole_number
+from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.support.wording import counted
 
 _PART: Final = re.compile(rf"(?P<name>{SPLIT_PATTERN.pattern})(?:\[(?P<start>[^:\]]*):(?P<stop>[^:\]]*)\])?")
@@ -85,3 +87,35 @@ def _parse_part(text: str, spec: str) -> SplitPart:
             "train[10:20], or several joined by +"
         )
     return SplitPart(match["name"], *bounds)
+
+
+def choose_fold(path: str, info: DatasetInfo, split: str, fold: object) -> str:
+    """The splits of a fold's training or validation set, in this notation.
+
+    Args:
+        path: path of the dataset, for errors.
+        info: its dataset_info.json.
+        split: "train" for all folds but one, or "validation" for that one.
+        fold: number of that fold, from 0.
+
+    Raises:
+        UsageError: the dataset has no such fold, or `split` is something else.
+    """
+    folds, number = info.folds, whole_number("fold", fold)
+    if not folds:
+        raise UsageError(
+            f"fold is {number}, but {path} has no folds fold0, fold1 and so on, only "
+            f"{', '.join(info.splits)}; build it with --split kfold:5, or drop fold"
+        )
+    if split not in FOLD_PARTS:
+        raise UsageError(
+            f"split is {split!r}, but fold is {number}; use split='train' or 'validation', or drop fold"
+        )
+    if split in info.splits:
+        raise UsageError(
+            f"fold is {number}, but {path} has a split {split!r} besides its folds; drop fold, and name the "
+            "folds, such as 'fold0+fold1'"
+        )
+    if not 0 <= number < len(folds):
+        raise UsageError(f"fold is {number}, but {path} has the folds 0 to {len(folds) - 1}")
+    return "+".join(name for at, name in enumerate(folds) if (at == number) == (split == "validation"))

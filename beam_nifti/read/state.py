@@ -12,6 +12,9 @@ from beam_nifti.read.split_spec import parse_split
 from beam_nifti.record.dataset_info import DatasetInfo
 
 _VERSION: Final = 1
+_NO_DRAWING: Final = {"balance": None, "weights": None}
+"""Arguments that earlier states do not have."""
+
 _OF_DATASET: Final = frozenset(["dataset", "steps_per_epoch", "step"])
 """Keys that are not arguments of the run."""
 
@@ -23,8 +26,9 @@ def describe_state(
     order: Order,
     step: int,
     patches: Mapping[str, Any] | None,
+    drawing: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The state of a run that has consumed some steps, through all epochs, with these patches, if any."""
+    """The state of a run that has consumed some steps, through all epochs, with these patches and draws."""
     parts = parse_split(split)
     return {
         "version": _VERSION,
@@ -34,15 +38,19 @@ def describe_state(
         "drop_remainder": order.drop_remainder,
         "seed": order.seed,
         "patches": patches,
+        **_NO_DRAWING,
+        **(drawing or {}),
         "shard": [order.host, order.num_hosts],
-        "dataset": _digest(info, [part.name for part in parts], selects=where is not None),
+        "dataset": _digest(
+            info, [part.name for part in parts], selects=where is not None or drawing is not None
+        ),
         "steps_per_epoch": order.num_steps,
         "step": step,
     }
 
 
 def _digest(info: DatasetInfo, splits: list[str], selects: bool) -> str:
-    """A digest of the records of some splits and, if a condition selects from the indexes, of these."""
+    """A digest of the records of some splits and, if the indexes decide which are read, of these."""
     shards = [shard for name in splits for shard in info.splits[name].shards]
     content = "".join(f"{s.sha256} {s.index_sha256 if selects else ''}\n" for s in shards)
     return hashlib.sha256(content.encode()).hexdigest()
@@ -69,6 +77,7 @@ def check_state(folder: str, state: Mapping[str, Any], expected: Mapping[str, An
     """
     if not isinstance(state, Mapping):
         raise UsageError(f"start_state is {state!r:.80}; give the result of state_after")
+    state = {**_NO_DRAWING, **state}
     for name in expected:
         if name not in state:
             raise UsageError(f"start_state has no {name}; give the result of state_after of this version")

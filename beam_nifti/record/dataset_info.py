@@ -6,14 +6,16 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Final
 
 from beam_nifti.config import (
+    FOLD_PARTS,
     FORMAT_FEATURES,
     FORMAT_VERSION,
     LABEL_KINDS,
+    LATER_COLUMNS,
     LATER_OPTIONS,
     SPLIT_PATTERN,
     BuildConfig,
@@ -27,6 +29,7 @@ from beam_nifti.errors import DatasetError, NewerFormatError, UsageError
 from beam_nifti.record.dataset_files import FAILURES_FILE, FILE_NAME, read_content, revision_of_failures
 from beam_nifti.record.example import TENSOR_DTYPES
 from beam_nifti.record.sharding import ShardName, count_shards
+from beam_nifti.record.withdrawals import Withdrawal, check_withdrawals, withdrawals_of
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.json_types import hints_of, require_keys, require_type
 from beam_nifti.support.strict_json import dump_json, load_json
@@ -39,6 +42,7 @@ LEAST_RECORD_BYTES: Final = 16
 
 _SHA256: Final = re.compile("[0-9a-f]{64}")
 _FINGERPRINT: Final = re.compile("[0-9a-f]{16}")
+_FOLD: Final = re.compile(r"fold\d+", re.A)
 _FEATURE_KIND: Final = re.compile(r"(float|int64|bytes)(\[[1-9][0-9]{0,4}\])?")
 _MOST_ROWS: Final = 1 << 31
 _MOST_NAMES: Final = 1 << 16  # columns of a manifest, and features of a record
@@ -46,7 +50,10 @@ _MOST_NAMES: Final = 1 << 16  # columns of a manifest, and features of a record
 _OPTIONAL_FEATURES: Final = ("sources", "members", "positions")
 """Features that a dataset of this version may lack."""
 
-_NOT_IN_VERSION_1: Final = ("format_features", "failures", "failures_sha256", "digest")
+_WITHDRAWN: Final = ("withdrawn", "withdrawals")
+"""Fields that only a dataset has from which participants were withdrawn."""
+
+_NOT_IN_VERSION_1: Final = ("format_features", "failures", "failures_sha256", "digest", *_WITHDRAWN)
 _SINCE_THE_FIRST: Final = (
     "rescale",
     "voxel_dtype",
@@ -125,10 +132,12 @@ class DatasetInfo:
         num_failures: volumes that failed.
         failures: name of the file that lists the failed volumes; None if there are none.
         failures_sha256: sha256 of that file, in hex; None in version 1.
-        revision: 1 for a first build, 1 more for every rebuild in the same folder.
+        revision: 1 for a first build, plus 1 each time a build into the same folder changed the dataset.
         versions: versions of the software that wrote it.
         format_version: version of the format.
         format_features: features of the format that a reader must know, by name; empty in version 1.
+        withdrawn: hashes of the participants that were withdrawn, as of `hash_person`.
+        withdrawals: what was removed with them, by revision.
     """
 
     config: Mapping[str, Any]
@@ -147,6 +156,8 @@ class DatasetInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     format_features: tuple[str, ...] = FORMAT_FEATURES
+    withdrawn: tuple[str, ...] = ()
+    withdrawals: tuple[Withdrawal, ...] = ()
 
     def __repr__(self) -> str:
         """One line."""
@@ -165,14 +176,26 @@ class DatasetInfo:
         return bool(self.manifest["path"])
 
     @property
+    def folds(self) -> tuple[str, ...]:
+        """The names of the folds for cross-validation, from fold0 without a gap; empty if there are none."""
+        named = {name for name in self.splits if _FOLD.fullmatch(name)}
+        folds = tuple(f"fold{number}" for number in range(len(named)))
+        return folds if len(folds) > 1 and named == {*folds} else ()
+
+    @property
     def num_examples(self) -> int:
         """Records in all splits."""
         return sum(s.num_examples for s in self.splits.values())
 
     @property
     def num_skipped(self) -> int:
-        """Rows of the manifest that were skipped because they lack a label."""
+        """Rows of the manifest that were skipped because they lack a label or a mask."""
         return int(self.manifest.get("num_skipped", 0))
+
+    @property
+    def columns(self) -> Columns:
+        """The roles of the manifest's columns."""
+        return Columns(**self.config["columns"])
 
     @property
     def num_bytes(self) -> int:
@@ -184,6 +207,12 @@ class DatasetInfo:
         """The shards of all splits."""
         return tuple(shard for split in self.splits.values() for shard in split.shards)
 
+    @property
+    def first_split(self) -> str:
+        """The split to show in an example: "train", or else the first one that is not empty."""
+        filled = [name for name, split in self.splits.items() if split.num_examples]
+        return "train" if "train" in filled else next(iter([*filled, *self.splits]))
+
     def loading_call(self, path: str, **further: object) -> str:
         """A call of `reader.load_dataset` that reads this dataset.
 
@@ -191,9 +220,9 @@ class DatasetInfo:
             path: path of the dataset.
             further: arguments besides those that the dataset requires.
         """
-        filled = [name for name, split in self.splits.items() if split.num_examples]
-        split = "train" if "train" in filled else next(iter([*filled, *self.splits]))
-        needed: dict[str, object] = {}
+        split, needed = self.first_split, dict[str, object]()
+        if split in self.folds:
+            split, needed["fold"] = "train", 0
         if self.mask_labels is not None:
             needed["target"] = "mask"
         elif self.labels and self.labels[0].kind == "string":
@@ -226,7 +255,8 @@ class DatasetInfo:
             DatasetError: there is no split of that name.
         """
         if name not in self.splits:
-            raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}")
+            hint = "; give the number of a fold, such as fold=0" if self.folds and name in FOLD_PARTS else ""
+            raise DatasetError(f"no split {name!r}; the dataset has {', '.join(self.splits)}{hint}")
         return self.splits[name]
 
     def label_facts(self) -> dict[str, dict[str, Any]]:
@@ -255,6 +285,8 @@ class DatasetInfo:
             facts["labels"] = self.label_facts()
         if self.mask_labels is None:
             del facts["mask_labels"]
+        facts["withdrawals"] = list(map(asdict, self.withdrawals))
+        facts = {name: fact for name, fact in facts.items() if fact or name not in _WITHDRAWN}
         first = {name: facts.pop(name) for name in ("format_version", "format_features")}
         facts = {**first, **facts}
         if self.format_version == 1:
@@ -270,7 +302,7 @@ class DatasetInfo:
         Args:
             text: content of the file.
             path: path of the file, for errors.
-            is_complete: whether the dataset is complete, not yet to be built.
+            is_complete: whether the dataset is complete; False if it is still to be built.
 
         Raises:
             DatasetError: it is damaged, was changed, has a later format or a key that its version does not
@@ -322,7 +354,7 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
     """The fields of a DatasetInfo, their types checked."""
     is_first = facts["format_version"] == 1
     kinds = {**hints_of(DatasetInfo), "labels": dict, "splits": dict, "digest": str}
-    required = [f.name for f in fields(DatasetInfo) if f.name not in ("labels", "mask_labels")]
+    required = [f.name for f in fields(DatasetInfo) if f.name not in ("labels", "mask_labels", *_WITHDRAWN)]
     if is_first:
         kinds = {name: kind for name, kind in kinds.items() if name not in _NOT_IN_VERSION_1}
         required = list(
@@ -338,7 +370,8 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
             )
     config_kinds = _config_kinds()
     require_keys(facts["config"], config_kinds, _SINCE_THE_FIRST, "config")
-    require_keys(facts["config"]["columns"], hints_of(Columns), hints_of(Columns), "config.columns")
+    roles = hints_of(Columns)
+    require_keys(facts["config"]["columns"], roles, roles.keys() - LATER_COLUMNS, "config.columns")
     require_keys(facts["manifest"], _MANIFEST_KINDS, _MANIFEST_REQUIRED, "manifest")
     mask_labels = facts.get("mask_labels")
     parsed = facts | {
@@ -347,6 +380,8 @@ def _parse(facts: dict[str, Any]) -> dict[str, Any]:
         "shape": None if facts["shape"] is None else tuple(facts["shape"]),
         "mask_labels": None if mask_labels is None else tuple(mask_labels),
         "format_features": tuple(facts.get("format_features", ())),
+        "withdrawn": tuple(facts.get("withdrawn", ())),
+        "withdrawals": withdrawals_of(facts.get("withdrawals", ())),
     }
     if is_first and facts.get("num_failures"):
         parsed["failures"] = FAILURES_FILE
@@ -442,14 +477,19 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
             raise ValueError(f"features.{feature} is {kind!r}, expected float, int64 or bytes, or float[N]")
     if info.mask_labels is not None and (record.mask_dtype is None or "mask_raw" not in info.features):
         raise ValueError("mask_labels are given, but the records have no masks")
+    if record.map_labels is not None and record.mask_dtype is None:
+        raise ValueError(f"config.map_labels is {record.map_labels!r}, but the records have no masks")
     if "image_raw" not in info.features:
         raise ValueError("features has no image_raw")
     num_frames = info.manifest.get("num_frames")
     is_count = num_frames is None or 0 < num_frames < 1 << 31
     if (num_frames is not None) != (record.frames == "each") or not is_count:
         raise ValueError(f"manifest.num_frames is {num_frames}, but config.frames is {record.frames!r}")
+    if record.max_frames not in (None, num_frames):
+        raise ValueError(f"manifest.num_frames is {num_frames}, but config.max_frames is {record.max_frames}")
     if not 1 <= info.revision <= LAST_REVISION:
         raise ValueError(f"revision is {info.revision}, expected 1 to {LAST_REVISION}")
+    check_withdrawals(info.withdrawn, info.withdrawals, info.revision)
     _check_counts(info)
     _check_names(info)
     if info.failures is not None:
@@ -459,7 +499,10 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     has_digest = info.failures_sha256 is not None
     if has_digest != (info.failures is not None and info.format_version > 1):
         raise ValueError(f"failures is {info.failures!r}, but failures_sha256 is {info.failures_sha256!r}")
+    record.require_own_statistics()
     if is_complete:
+        if record.is_of_cohort and record.rescale_stats is None:
+            raise ValueError(f"config.rescale is {record.rescale!r}, but there is no config.rescale_stats")
         if not info.shards or config["sharding"] is None:
             raise ValueError("names no shards, or config.sharding is null")
         _check_sharding(info, Sharding(**config["sharding"]))
@@ -469,7 +512,10 @@ def _check_sharding(info: DatasetInfo, sharding: Sharding) -> None:
     """Refuse splits that are not cut as `config` states, whichever of them has the failures."""
     for name, split in info.splits.items():
         frames = info.num_frames or 1
-        rows = -(-split.num_examples // frames), (split.num_examples + info.num_failures) // frames
+        most_rows = split.num_examples + info.num_failures
+        if info.record_config.max_frames is None:  # else an image may have a single frame
+            most_rows //= frames
+        rows = -(-split.num_examples // frames), most_rows
         least, most = (count_shards(count, sharding, frames) for count in rows)
         if not least <= len(split.shards) <= most:
             expected = str(least) if least == most else f"{least} to {most}"

@@ -20,6 +20,7 @@ from beam_nifti.volume.compression import Bytes
 from beam_nifti.volume.rescale import Scaling, numpy_dtype
 
 if TYPE_CHECKING:
+    from beam_nifti.manifest.manifest import VolumeRow
     from beam_nifti.volume.volume import Volume
 
 FEATURES: Final[Mapping[str, str]] = {
@@ -265,6 +266,23 @@ def label_feature(name: str) -> str:
     return f"label/{name}"
 
 
+def label_values(row: VolumeRow) -> dict[str, FeatureValue]:
+    """The features with the labels of a row."""
+    features: dict[str, FeatureValue] = {"label": _floats(np.nan if row.label is None else row.label)}
+    for name, label in row.labels:
+        if isinstance(label, str):
+            features[label_feature(name)] = label.encode()
+        else:
+            number = np.array([label], np.int64) if isinstance(label, int) else _floats(label)
+            features[label_feature(name)] = number
+    return features
+
+
+def _floats(*values: float) -> npt.NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # the index keeps the numbers in full
+        return np.array(values, np.float64).astype(np.float32)
+
+
 def encode_volume(volume: Volume) -> ExamplePieces:
     """The record of one rescaled volume, whose voxels are not copied.
 
@@ -275,29 +293,18 @@ def encode_volume(volume: Volume) -> ExamplePieces:
         VolumeError: as `encode_example`.
     """
     row, intensities = volume.row, volume.intensities
-
-    def floats(*values: float) -> npt.NDArray[np.float32]:
-        with np.errstate(over="ignore"):  # the index keeps the range in full
-            return np.array(values, np.float64).astype(np.float32)
-
     features: dict[str, FeatureValue] = {
         "image_raw": encode_tensor(volume.voxels),
-        "label": floats(np.nan if row.label is None else row.label),
         "id": row.example_id.encode(),
-        "affine": floats(*volume.affine.ravel()),
-        "zooms": floats(*volume.zooms),
-        "intensity_min": floats(*(i.min for i in intensities)),
-        "intensity_max": floats(*(i.max for i in intensities)),
+        "affine": _floats(*volume.affine.ravel()),
+        "zooms": _floats(*volume.zooms),
+        "intensity_min": _floats(*(i.min for i in intensities)),
+        "intensity_max": _floats(*(i.max for i in intensities)),
+        **label_values(row),
     }
     if not volume.scaling.is_identity:
         features["scl_slope"] = struct.pack("<d", volume.scaling.slope)
         features["scl_inter"] = struct.pack("<d", volume.scaling.inter)
-    for name, label in row.labels:
-        if isinstance(label, str):
-            features[label_feature(name)] = label.encode()
-        else:
-            number = np.array([label], np.int64) if isinstance(label, int) else floats(label)
-            features[label_feature(name)] = number
     if volume.rescale_ranges:
         doubles = struct.Struct(f"<{len(volume.rescale_ranges)}d")
         features["rescale_low"] = doubles.pack(*(e.low for e in volume.rescale_ranges))

@@ -87,10 +87,16 @@ _MASK_SCHEMA: Final = pa.schema([("mask_labels", pa.list_(pa.int64()))])
 _POSITIONS_SCHEMA: Final = pa.schema([("mask_positions", pa.list_(pa.int32()))])
 """Column that follows if records have a mask, unless an earlier version built the dataset."""
 
+_NONFINITE_SCHEMA: Final = pa.schema([("num_nonfinite", pa.int64())])
+"""Column that follows if NaN and infinite voxels were replaced."""
+
+_MAPPED_SCHEMA: Final = pa.schema([("mapped_labels", pa.list_(pa.int64()))])
+"""Column that follows if labels of masks were mapped to others."""
+
 _FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
 """Column that follows if each frame of an image became a record."""
 
-_OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_RANGE_SCHEMA.names])
+_OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_RANGE_SCHEMA.names, *_NONFINITE_SCHEMA.names])
 """Columns that are lists, one number per image, if a record has several images."""
 
 OWN_NAMES: Final = frozenset(
@@ -98,6 +104,7 @@ OWN_NAMES: Final = frozenset(
     for schema in (
         *(SCHEMA, _SOURCE_SCHEMA_1, _MEMBERS_SCHEMA, _SCALING_SCHEMA),
         *(_RANGE_SCHEMA, _MASK_SCHEMA, _POSITIONS_SCHEMA, _FRAME_SCHEMA),
+        *(_NONFINITE_SCHEMA, _MAPPED_SCHEMA),
     )
     for name in schema.names
 )
@@ -110,7 +117,6 @@ _UNREPEATED: Final = ("member_lengths", "mask_positions")
 
 _GROUP_ROWS: Final = 1 << 14
 """Rows of a group, which is read without the others: at most a work unit's (5 MB)."""
-
 
 _FREE_BYTES: Final = 64 << 20
 _FREE_ROWS: Final = 1000
@@ -196,6 +202,7 @@ class IndexEntry:
         mask_labels: labels of the mask, ascending; None if there are no masks.
         mask_positions: some voxels of each label, as `positions_of` gives them; None if there are no masks.
         scaling: scaling of native voxels to the image's units.
+        num_nonfinite, mapped_labels: as of `Volume`.
     """
 
     row: VolumeRow
@@ -209,6 +216,8 @@ class IndexEntry:
     mask_labels: tuple[int, ...] | None = None
     mask_positions: tuple[int, ...] | None = None
     scaling: Scaling = NO_SCALING
+    num_nonfinite: tuple[int, ...] = ()
+    mapped_labels: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, volume: Volume) -> IndexEntry:
@@ -225,6 +234,8 @@ class IndexEntry:
             mask_labels=None if volume.mask is None else tuple(labels_of(volume.mask)),
             mask_positions=None if volume.mask is None else tuple(positions_of(volume.mask)),
             scaling=volume.scaling,
+            num_nonfinite=volume.num_nonfinite,
+            mapped_labels=volume.mapped_labels,
         )
 
 
@@ -305,6 +316,8 @@ def entry_cells(
         "affine": entry.affine,
         **_of_images([asdict(i) for i in entry.intensities], record),
         **_of_images([{"rescale_low": e.low, "rescale_high": e.high} for e in entry.rescale_ranges], record),
+        **_of_images([{"num_nonfinite": count} for count in entry.num_nonfinite], record),
+        "mapped_labels": entry.mapped_labels,
         "mask_labels": entry.mask_labels,
         "mask_positions": entry.mask_positions,
         **scaling_cells(entry.scaling),
@@ -343,6 +356,7 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
     fields = [*SCHEMA, *(_MEMBERS_SCHEMA if record.has_members else ())]
     fields += _SCALING_SCHEMA if record.has_members and record.voxel_dtype == "native" else ()
     fields += _RANGE_SCHEMA if record.has_range else ()
+    fields += _NONFINITE_SCHEMA if record.nonfinite is not None else ()
     if not record.has_sources:
         at = SCHEMA.get_field_index("source_sizes")
         fields[at : at + len(_SOURCE_SCHEMA)] = _SOURCE_SCHEMA_1
@@ -350,6 +364,7 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
         fields = [f.with_type(pa.list_(f.type)) if f.name in _OF_IMAGES else f for f in fields]
     fields += _MASK_SCHEMA if record.mask_dtype else ()
     fields += _POSITIONS_SCHEMA if record.has_positions else ()
+    fields += _MAPPED_SCHEMA if record.map_labels is not None else ()
     fields += _FRAME_SCHEMA if record.frames == "each" else ()
     return pa.schema([*fields, *((extra_column(c), pa.string()) for c in extra_columns)])
 
@@ -478,7 +493,12 @@ def _require_columns(schema: pa.Schema, known: Mapping[str, pa.DataType]) -> Non
 
 
 def check_table(
-    table: pa.Table, columns: Collection[str], record: RecordConfig, *, is_sparse: bool = False
+    table: pa.Table,
+    columns: Collection[str],
+    record: RecordConfig,
+    *,
+    is_sparse: bool = False,
+    may_lack_masks: bool = False,
 ) -> Iterator[str]:
     """Find what makes an index unusable.
 
@@ -488,7 +508,9 @@ def check_table(
         record: configuration of the records.
         is_sparse: whether cells may be empty, except those that locate records, as in a dataset without a
             manifest.
+        may_lack_masks: whether examples may lack the file of their mask.
     """
+    num_masks = range(0 if may_lack_masks or is_sparse else 1, 2) if record.mask_dtype else range(1)
     try:
         table.validate(full=True)  # Parquet's text is not checked when it is read
     except pa.ArrowInvalid as e:
@@ -499,7 +521,7 @@ def check_table(
             yield f"column {name} is missing"
     for name in table.column_names:
         may_lack = name not in _PLACES if is_sparse else name in ("label", *_SCALING_SCHEMA.names)
-        yield from _check_column(table, name, record, may_lack=may_lack)
+        yield from _check_column(table, name, record, num_masks, may_lack=may_lack)
 
 
 def check_members(table: pa.Table) -> Iterator[str]:
@@ -516,7 +538,9 @@ def check_members(table: pa.Table) -> Iterator[str]:
             yield f"the members of {name} have {sums[at]} bytes, but it has {length}"
 
 
-def _check_column(table: pa.Table, name: str, record: RecordConfig, *, may_lack: bool) -> Iterator[str]:
+def _check_column(
+    table: pa.Table, name: str, record: RecordConfig, num_masks: range, *, may_lack: bool
+) -> Iterator[str]:
     column = table[name]
     if column.null_count and may_lack:
         table = table.filter(column.is_valid())
@@ -528,10 +552,10 @@ def _check_column(table: pa.Table, name: str, record: RecordConfig, *, may_lack:
         if num_empty and name != "source_versions":
             yield f"column {name} has {num_empty} empty values"
         counts = pc.list_value_length(column).to_numpy()
-        expected = _expected_counts(name, counts, record)
+        expected = _expected_counts(name, counts, record, num_masks)
         if name in SOURCE_LISTS and SOURCE_LISTS[0] in table.column_names:
             of_files = pc.list_value_length(table[SOURCE_LISTS[0]]).to_numpy()
-            expected = _expected_counts(name, of_files, record)
+            expected = _expected_counts(name, of_files, record, num_masks)
         wrong = np.flatnonzero(counts != expected)
         if wrong.size:
             at = int(wrong[0])
@@ -539,11 +563,13 @@ def _check_column(table: pa.Table, name: str, record: RecordConfig, *, may_lack:
             yield f"column {name} of {record_name(at, table)} has {number}"
 
 
-def _expected_counts(name: str, counts: npt.NDArray[np.int64], record: RecordConfig) -> npt.NDArray[np.int64]:
+def _expected_counts(
+    name: str, counts: npt.NDArray[np.int64], record: RecordConfig, num_masks: range
+) -> npt.NDArray[np.int64]:
     """How many values each cell of a column of lists must have: the allowed number nearest to the actual."""
-    least = record.num_channels + (record.mask_dtype is not None)  # each may be a pair
+    least, most = (record.num_channels + num_masks[i] for i in (0, -1))
     bounds = {
-        **dict.fromkeys(SOURCE_LISTS, (least, 2 * least)),
+        **dict.fromkeys(SOURCE_LISTS, (least, 2 * most)),  # as each may be a pair
         **dict.fromkeys(_OF_IMAGES, (record.num_channels,) * 2),
         "source_shape": (3, 5),
         "shape": (3, 4),

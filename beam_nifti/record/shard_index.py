@@ -90,7 +90,9 @@ def _sound(
     table, facts = parse_index(data, path, None, names, limits, known)
     every = schema_of(record, [label.name for label in info.labels]).names
     needed = [name for name in every if names is None or name in names]
-    for problem in check_table(table, needed, record, is_sparse=not info.has_manifest):
+    may_lack_masks = info.columns.missing_mask == "empty"
+    is_sparse = not info.has_manifest
+    for problem in check_table(table, needed, record, is_sparse=is_sparse, may_lack_masks=may_lack_masks):
         raise ShardError(f"{path}: not an index: {problem}")
     return table, facts
 

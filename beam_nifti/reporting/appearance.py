@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from beam_nifti.inspection.record_checks import RecordSpec, affine_of
+from beam_nifti.record.agreement import as_list
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.record.index import extra_column
 from beam_nifti.reporting.thumbnail import block_means, draw_slices
@@ -29,6 +30,7 @@ SCHEMA: Final = pa.schema(
         ("spacing", pa.string()),
         ("orientation", pa.string()),
         ("dtype", pa.string()),
+        ("nonfinite", pa.int64()),
         ("extents", pa.list_(pa.float64())),
         ("mean", pa.float64()),
         ("std", pa.float64()),
@@ -40,9 +42,9 @@ SCHEMA: Final = pa.schema(
 )
 """Schema of the rows.
 
-Numbers are of the stored voxels, in the unit of `unit_of`. `extents` are the sides of the volume's box,
-right, anterior and superior; `grid` is the volume in the same order of axes, GRID³ bytes from its darkest
-block to its brightest; `picture` is a WebP.
+`nonfinite` is the number of voxels that were replaced. The other numbers are of the stored voxels, in the
+unit of `unit_of`. `extents` are the sides of the volume's box, right, anterior and superior; `grid` is the
+volume in the same order of axes, GRID³ bytes from its darkest block to its brightest; `picture` is a WebP.
 """
 
 _QUANTILES: Final = np.linspace(0, 1, 33)
@@ -53,7 +55,7 @@ _BINS: Final = 256
 def unit_of(spec: RecordSpec) -> str:
     """The unit of the numbers in a row."""
     kept = spec.config.voxel_dtype == "native" or spec.config.method == "none"
-    return "the images' units" if kept else f"rescaled by {spec.config.rescale}"
+    return "in the images' units" if kept else f"rescaled by {spec.config.rescale}"
 
 
 def label_columns(spec: RecordSpec) -> dict[str, str]:
@@ -94,6 +96,7 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
         "spacing": size_text(round(zoom, 3) for zoom in sizes),
         "orientation": orientation_of(affine),
         "dtype": cells["dtype"],
+        "nonfinite": sum(as_list(cells.get("num_nonfinite"))),
         "extents": np.multiply(first.shape, zooms),
         "mean": intensity.mean,
         "std": intensity.std,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from beam_nifti.inspection.record_checks import RecordSpec
+from beam_nifti.pipeline.statistics_file import statistics_rows
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.reporting.appearance import label_columns, unit_of
 from beam_nifti.reporting.figures import INKS, draw_histogram
@@ -62,8 +63,18 @@ def make_page(
         splits=list(dict.fromkeys(splits.tolist())),
         kinds=list(_kinds(spec, summary, splits)),
         failures=failures,
+        lacking=info.columns.lacking,
+        nonfinite=_nonfinite(info, summary),
         settings=dict(_settings(info)),
     )
+
+
+def _nonfinite(info: DatasetInfo, summary: Summary) -> tuple[int, int] | None:
+    """How many voxels were replaced because they were not finite, and in how many records."""
+    if not info.config.get("nonfinite"):
+        return None
+    counts = summary.rows["nonfinite"].to_numpy()
+    return int(counts.sum()), int(np.count_nonzero(counts))
 
 
 def _hash(text: str) -> str:
@@ -183,6 +194,12 @@ def _kinds(
 def _settings(info: DatasetInfo) -> Iterator[tuple[str, dict[str, str]]]:
     """The facts in dataset_info.json about how the dataset was built."""
     config = {key: value for key, value in info.config.items() if value is not None and value is not False}
+    if statistics := config.pop("rescale_stats", None):
+        texts, title = dict[str, str](), ""
+        for name, text in statistics_rows(statistics):
+            title = name or title
+            texts[title] = f"{texts[title]}; {text}" if title in texts else text
+        yield "Statistics", texts
     yield "Configuration", {key: _show(value) for key, value in config.items()}
     yield "Manifest", {key: _show(value) for key, value in info.manifest.items()}
     yield "Records", {key: str(value) for key, value in info.features.items()}

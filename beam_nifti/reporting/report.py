@@ -87,7 +87,7 @@ class ReportSummary:
         num_examples: records shown.
         num_outliers: outliers among them.
         num_failures: volumes that failed in the build.
-        num_skipped: rows that were skipped because they lack a label.
+        num_skipped: rows that were skipped because they lack a label or a mask.
         problems: one sentence per problem; none for a sound dataset.
         num_bytes: size of the page.
     """

@@ -1,7 +1,7 @@
-"""Schemes of Beam's file systems, beside those that have a store of their own here.
+"""The schemes of Beam's file systems for which this package has no store of its own.
 
-Beam makes its own attempts at requests that fail. Its file systems have no versions, and publish what a
-writer that failed has sent, until it is deleted.
+Beam retries failed requests itself. Its file systems have no versions, and publish the partial files of
+failed writers until these are deleted.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What fsspec serves, such as `az://` by its package adlfs: to be read.
+"""The read-only stores of fsspec, such as `az://` with its package adlfs.
 
-Its packages make their own attempts at requests that fail.
+These packages retry failed requests themselves.
 """
 
 from __future__ import annotations

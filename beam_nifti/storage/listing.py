@@ -1,4 +1,4 @@
-"""Files and folders that there are, on the local disk and in stores."""
+"""Lists files and folders, on the local disk and in stores."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""What a store does, whichever it is.
+"""What all stores have in common.
 
-`s3.py` and `gcs.py` have the two that are written to, too. They go through the client libraries that Beam's
-extras install, with Beam's options. Beam's own file systems fall short: they make a client for every call,
-ask for an object's size before its bytes, keep the errors of a copy to themselves, and publish what a writer
-that failed had sent until then. `http.py` and `fsspec.py` have the read-only stores.
+`s3.py` and `gcs.py` are the stores that builds can write to. They use the client libraries that Beam's extras
+install, with Beam's options. Beam's own file systems are not enough: they make a client for every call,
+request an object's size before its bytes, hide the errors of copies, and publish the partial files of failed
+writers.
+`http.py` and `fsspec.py` are the read-only stores.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Answers of web servers that have to come at a pace, through requests and urllib3.
+"""Enforces a minimum rate on the answers of web servers, through requests and urllib3.
 
-The time-out of a socket starts again with each byte: a server that sends a byte a minute would never meet it.
+A socket's time-out restarts with each byte, so a server that sends a byte a minute would never trigger it.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ from beam_nifti.storage.object_store import Stat as Stat
 from beam_nifti.storage.object_store import Writer
 from beam_nifti.storage.object_store import hiding_hosts as hiding_hosts
 from beam_nifti.storage.stores import can_list as can_list
-from beam_nifti.storage.stores import refuse_read_only as refuse_read_only
+from beam_nifti.storage.stores import refuse_unwritable as refuse_unwritable
 from beam_nifti.storage.stores import store_of, writable_store_of
 from beam_nifti.support.outcomes import may_pass
 
@@ -213,7 +213,7 @@ def require_writable(path: str, what: str, *, is_folder: bool = False) -> None:
         OutputError: it cannot be written.
         OSError: it cannot be written at present.
     """
-    refuse_read_only(path, what)
+    refuse_unwritable(path, what)
     try:
         _write_probe(path, is_folder)
     except OSError as e:

@@ -1,4 +1,4 @@
-"""What a file is that is not what its name promises, by its first bytes."""
+"""Recognizes, by its first bytes, what a file with a misleading name is."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _OTHERS: Final = {
     rb"CDF[\x01\x02]": f"a MINC image; {_CONVERT_MINC}",
     rb"\x89HDF": f"an HDF5 file; if it is a MINC 2 image, install h5py, and {_CONVERT_MINC}",
     rb"# ==": "the header of a PAR/REC pair; convert it: parrec2nii --compressed IMAGE.PAR",
-    rb"NRRD": f"an NRRD image; {_TO_NIFTI}",
+    rb"NRRD": f"an NRRD image; {_TO_NIFTI}, such as with SimpleITK or 3D Slicer",
     rb"mrtrix image": "an MRtrix image; convert it: mrconvert IMAGE.mif IMAGE.nii.gz",
     rb"MATRIX7": f"an ECAT image; {_TO_NIFTI}",
     rb"\0\x05\x16\x07": "metadata of macOS (a ._ file); leave it out",
-    rb"([^\n=]+ = [^\n]*\n)*ObjectType = ": f"a MetaImage; {_TO_NIFTI}",
+    rb"([^\n=]+ = [^\n]*\n)*ObjectType = ": f"a MetaImage; {_TO_NIFTI}, such as with SimpleITK",
     rb".{128}DICM|[\x02\x08]\0[\0-\x1a]\0([A-Z]{2}|[\0-\x40]\0\0\0)": (
         "a DICOM file; convert its series to NIfTI with dcm2niix"
     ),
@@ -45,7 +45,7 @@ _OTHERS: Final = {
     rb"7z\xbc\xaf\x27\x1c": f"a 7z archive; {_DECOMPRESS}",
     rb"Rar!": f"a RAR archive; {_DECOMPRESS}",
     rb"\x04\x22M\x18": f"an LZ4 file; {_DECOMPRESS}",
-    rb"\x1f\x9d": f"a file of compress (.Z); {_DECOMPRESS}",
+    rb"\x1f\x9d": f"a .Z file; {_DECOMPRESS}",
     rb"\x93NUMPY": "a NumPy array; save it as NIfTI with nibabel",
     rb"MATLAB 5.0": "a MATLAB file; save its volume as NIfTI",
     rb"\x89PNG|\xff\xd8\xff|II\*\0|MM\0\*|GIF8": "a picture (PNG, JPEG, TIFF or GIF); leave it out",

@@ -1,4 +1,4 @@
-"""Which store serves a URL, by its scheme. Client libraries are imported when it is first asked."""
+"""Which store serves a URL, by its scheme. Client libraries are imported when a store is first used."""
 
 from __future__ import annotations
 
@@ -73,11 +73,21 @@ def writable_store_of(path: str) -> ObjectStore:
     raise OSError(f"{path}: {scheme_of(path)}:// {_WRITE_ELSEWHERE}, and copy the files from there")
 
 
-def refuse_read_only(path: str, what: str) -> None:
-    """Refuse a URL of a read-only store; `what` is the option or argument that gives it."""
+def refuse_unwritable(path: str, what: str) -> None:
+    """Refuse the root of the file system, and a URL of a store that is read-only or not supported.
+
+    `what` is the option or argument that gives the path.
+    """
+    if path and not path.strip("/"):
+        raise OutputError(f"{what} is {path}, the root of the file system; choose a folder below it")
     scheme = scheme_of(path)
     if is_remote(path) and scheme not in ("s3", "gs") and _maker(scheme) is not BeamFiles:
-        raise OutputError(f"{what} is {path}: {wrong_with(path) or f'{scheme}:// {_WRITE_ELSEWHERE}'}")
+        why = (
+            _WRITE_ELSEWHERE
+            if scheme in _STORES
+            else "is not supported; write to the local disk, s3:// or gs://"
+        )
+        raise OutputError(f"{what} is {path}: {wrong_with(path) or f'{scheme}:// {why}'}")
 
 
 def can_list(folder: str) -> bool:

@@ -80,6 +80,6 @@ def _literal(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
     raise ValueError(
-        f"{value!r} is not a literal; give a text, a finite number, a truth value, or None, or a "
+        f"{value!r} is not a literal; give a text, a finite number, True or False, or None, or a "
         "tuple, list or dict of these"
     )

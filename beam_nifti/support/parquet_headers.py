@@ -303,7 +303,7 @@ class _Reader:
         while kind := self._byte():
             number = number + (kind >> 4) if kind >> 4 else self._integer()
             if number in seen or not 0 <= number <= _MOST_FIELD:  # Arrow takes the low bits, and the last one
-                raise ValueError(f"it has field {number}, or has it twice")
+                raise ValueError(f"field {number} is out of range or occurs twice")
             seen.add(number)
             self._count()
             yield number, kind & 15

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from typing import Final
+
+from beam_nifti.errors import UsageError
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -19,6 +22,17 @@ _TRIM_THRESHOLD: Final = 128 << 20
 def count_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def require_modules(*names: str) -> None:
+    """Require modules of the extra `report`.
+
+    Raises:
+        UsageError: one of them is not installed.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"not installed: {', '.join(missing)}; pip install 'beam-nifti[report]'")
 
 
 def keep_buffers() -> None:

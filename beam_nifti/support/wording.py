@@ -7,7 +7,13 @@ from typing import Final
 
 from beam_nifti.errors import printable
 
-_OF_ONE: Final = {"are": "is", "do": "does", "have": "has"}  # verbs in the singular
+_OF_ONE: Final = {
+    "are": "is",
+    "differ": "differs",
+    "do": "does",
+    "have": "has",
+    "occur": "occurs",
+}  # verbs in the singular
 
 
 def format_rows(rows: Iterable[tuple[str, str]], width: int) -> str:

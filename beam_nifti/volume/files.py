@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Final
 
@@ -51,6 +51,11 @@ class Source:
     files: tuple[FileStats, ...]
     shape: tuple[int, ...]
     affine: tuple[float, ...]
+
+
+def frames_of(shape: Sequence[int]) -> int:
+    """The number of frames of an image with this `Source.shape`."""
+    return shape[3] if len(shape) > 3 else 1
 
 
 def image_files(path: str) -> tuple[str, ...]:

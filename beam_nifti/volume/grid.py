@@ -104,7 +104,7 @@ def require_same_grid(name: str, grid: Grid, first_name: str, first: Grid, *, ma
         codes = f"{orientation_of(grid.affine)}, not {orientation_of(first.affine)}"
         raise VolumeError(
             f"{name}: its voxels are those of {first_name} with axes flipped or in another order ({codes}); "
-            "add --orientation RAS, which turns both without interpolation"
+            "add --orientation RAS, which reorients both without interpolation"
         )
     if grid.shape != first.shape:
         raise VolumeError(f"{name}: shape {grid.shape} where {first_name} has {first.shape}; {remedy}")

@@ -268,13 +268,21 @@ def require_shape(name: str, shape: tuple[int, ...], wanted: tuple[int | None, .
         raise VolumeError(f"{name}: shape {shape}, but the first image has {wanted}; {remedy}")
 
 
-def require_frames(name: str, header: VolumeHeader, num_frames: int | None) -> None:
-    """Refuse an image that does not have the number of frames of the dataset's first image."""
-    if header.num_frames != num_frames:
+def require_frames(name: str, header: VolumeHeader, num_frames: int | None, record: RecordConfig) -> None:
+    """Refuse an image that does not have the number of frames of the dataset's first image, or has too many.
+
+    With `RecordConfig.max_frames`, `num_frames` is the most that it may have.
+    """
+    if record.max_frames is None and header.num_frames != num_frames:
         raise VolumeError(
             f"{name}: number of frames is {header.num_frames}, but the first image has {num_frames}, and "
-            "--frames each requires the same number of frames in every image; build the others into another "
-            "dataset"
+            "--frames each requires the same number of frames in every image; use --max-frames with the "
+            "largest number, or build the others into another dataset"
+        )
+    if record.max_frames is not None and header.num_frames > record.max_frames:
+        raise VolumeError(
+            f"{name}: number of frames is {header.num_frames}, more than --max-frames {record.max_frames} "
+            "allows; use a larger --max-frames, or leave the image out"
         )
 
 

@@ -57,11 +57,17 @@ def select_voxels(
 
 
 def find_rescale_range(
-    voxels: Voxels, scaling: Scaling, intensity: Intensity, config: RecordConfig, mask: Voxels | None = None
+    voxels: Voxels,
+    scaling: Scaling,
+    intensity: Intensity,
+    config: RecordConfig,
+    mask: Voxels | None = None,
+    number: int = 0,
 ) -> RescaleRange | None:
     """The intensities of a volume that become 0 and 1; None if they are its range, or nothing is rescaled.
 
-    They are measured in the voxels that the configuration selects.
+    They are measured in the voxels that the configuration selects, or are those of the cohort for the
+    channel `number`.
 
     Raises:
         VolumeError: no voxel is selected, or the two are equal.
@@ -70,6 +76,8 @@ def find_rescale_range(
     """
     if not config.has_range:
         return None
+    if (ranges := config.cohort_ranges) is not None:
+        return RescaleRange(*ranges[number])
     is_part = config.rescale_within is not None
     if config.rescale_within is not None:
         voxels = voxels[select_voxels(voxels, scaling, config.rescale_within, mask)]
@@ -89,8 +97,8 @@ def find_rescale_range(
             low, high = measured.mean, measured.mean + measured.std
     if not (low < high and math.isfinite(high - low)):
         raise VolumeError(
-            f"--rescale {config.rescale} would map {low:g} onto 0 and {high:g} onto 1, which is no range to "
-            "rescale; leave the image out, or use another --rescale"
+            f"--rescale {config.rescale} would map {low:g} onto 0 and {high:g} onto 1, which is not a usable "
+            "range; leave the image out, or use another --rescale"
         )
     return RescaleRange(low, high)
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from beam_nifti.config import MASK_DTYPES, RecordConfig
 from beam_nifti.errors import VolumeError
@@ -33,32 +36,73 @@ def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
     return header
 
 
-def load_mask(name: str, path: str, parse: ReadHeader, dtype: str) -> tuple[VolumeHeader, Voxels, FileStats]:
-    """Read a mask: its header, its labels (X, Y, Z) in C order, and the Stats of its files.
+@dataclass(frozen=True, slots=True, eq=False)
+class Mask:
+    """A mask as it was loaded.
+
+    Attributes:
+        header: its header.
+        labels: (X, Y, Z), C order.
+        stats: of its files.
+        mapped: labels in the file that were mapped to others, ascending.
+    """
+
+    header: VolumeHeader
+    labels: Voxels
+    stats: FileStats
+    mapped: tuple[int, ...]
+
+
+def load_mask(name: str, path: str, parse: ReadHeader, record: RecordConfig) -> Mask:
+    """Read a mask, whose labels have the dtype of the record and are mapped by its `map_labels`.
 
     Other voxels than whole numbers of the dtype are a VolumeError.
     """
     with open_image(name, path, parse) as image:
         voxels = take_voxels(image, record_layout(name, image.header, _RECORD))
-        labels = _as_labels(name, voxels, image.header.scaling, dtype)
-    return image.header, labels, image.stats
+        mapping = _Mapping(record.label_map) if record.map_labels is not None else None
+        labels = _as_labels(name, voxels, image.header.scaling, record.mask_dtype or MASK_DTYPES[0], mapping)
+    return Mask(image.header, labels, image.stats, mapping.found() if mapping else ())
 
 
-def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> Voxels:
-    if voxels.dtype.kind in "iu" and scaling.is_identity:
+class _Mapping:
+    """Maps labels, all at once, and knows which ones it has met."""
+
+    def __init__(self, labels: Mapping[int, int]) -> None:
+        self._old = np.array(sorted(labels), np.float64)
+        self._new = np.array([labels[old] for old in sorted(labels)], np.float64)
+        self._is_found = np.zeros(len(labels), np.bool_)
+
+    def apply(self, values: npt.NDArray[np.float64]) -> None:
+        """Map whole numbers in place."""
+        at = np.minimum(np.searchsorted(self._old, values), len(self._old) - 1)
+        is_mapped = self._old[at] == values
+        at = at[is_mapped]
+        self._is_found[at] = True
+        values[is_mapped] = self._new[at]
+
+    def found(self) -> tuple[int, ...]:
+        """The labels that were mapped, ascending."""
+        return tuple(map(int, self._old[self._is_found]))
+
+
+def _as_labels(name: str, voxels: Voxels, scaling: Scaling, dtype: str, mapping: _Mapping | None) -> Voxels:
+    if voxels.dtype.kind in "iu" and scaling.is_identity and mapping is None:
         low, high = float(voxels.min()), float(voxels.max())
         labels = voxels.astype(dtype, copy=False)
     else:
-        low, high, labels = _whole_numbers(name, voxels, scaling, dtype)
+        low, high, labels = _whole_numbers(name, voxels, scaling, dtype, mapping)
     if low < 0 or high > np.iinfo(dtype).max:
         wider = MASK_DTYPES[-1]
         fits = low >= 0 and high <= np.iinfo(wider).max
-        remedy = f"use --mask-dtype {wider}" if fits else "renumber them"
+        remedy = f"use --mask-dtype {wider}" if fits else "renumber them with --map-labels"
         raise VolumeError(f"{name}: labels from {low:g} to {high:g} do not fit {dtype}; {remedy}")
     return labels
 
 
-def _whole_numbers(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> tuple[float, float, Voxels]:
+def _whole_numbers(
+    name: str, voxels: Voxels, scaling: Scaling, dtype: str, mapping: _Mapping | None
+) -> tuple[float, float, Voxels]:
     """The smallest and largest label of a mask, and its labels, which are wrong if they do not fit.
 
     Scaled integers cannot store the labels 0, 1, 2 and 4 exactly: of 256 integers with a slope of 4/255,
@@ -82,6 +126,8 @@ def _whole_numbers(name: str, voxels: Voxels, scaling: Scaling, dtype: str) -> t
                     f"{name}: a voxel of the mask is {float(uneven[0])}, not a whole number; threshold or "
                     "round it"
                 )
+            if mapping is not None:
+                mapping.apply(rounded)
             low, high = min(low, rounded.min()), max(high, rounded.max())
             target[start : start + _CHUNK] = rounded
     return low, high, labels

@@ -1,10 +1,11 @@
-"""What a user should know about images that are used nevertheless. A build prints one warning per kind."""
+"""What a user should know about images that are accepted. A build prints one warning per kind."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from beam_nifti.config import FAR
 from beam_nifti.support.wording import counted
 
 TEXTS: Final = {
@@ -20,6 +21,11 @@ TEXTS: Final = {
     "labels-lost-to-crop": (
         "--crop-foreground cut off labelled voxels of the mask; to keep them, use --crop-foreground mask"
     ),
+    "far-from-cohort": (
+        "the mean of the voxels that --rescale-within selects is far from the means of the volumes in the "
+        f"statistics, by more than {FAR} interquartile ranges; look for wrong units, or use --overwrite to "
+        "measure the cohort again"
+    ),
     "labels-lost-to-shape": "--shape cut off labelled voxels of the mask; to keep them, use a larger --shape",
     "labels-lost-to-reference": "labelled voxels of the mask lie outside the grid of --reference",
     "beyond-field-of-view": (
@@ -33,9 +39,15 @@ TEXTS: Final = {
 """A sentence for each note."""
 
 OF_VOXELS: Final = frozenset(
-    {"labels-lost-to-crop", "labels-lost-to-shape", "labels-lost-to-reference", "beyond-field-of-view"}
+    {
+        "far-from-cohort",
+        "labels-lost-to-crop",
+        "labels-lost-to-shape",
+        "labels-lost-to-reference",
+        "beyond-field-of-view",
+    }
 )
-"""Notes that a volume gets during its preparation, so `check` does not name their images."""
+"""Notes that headers do not determine, so `check` does not name their images."""
 
 
 def counter_name(note: str) -> str:

@@ -35,6 +35,7 @@ from beam_nifti.volume.grid import (
 )
 from beam_nifti.volume.header import MAX_VOLUME_BYTES, require_shape, require_size
 from beam_nifti.volume.intensity import describe_rule, select_voxels
+from beam_nifti.volume.nonfinite import replace_nonfinite
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.resample import LINEAR, Interpolation, resample_labels, resample_voxels, split_slices
 from beam_nifti.volume.rescale import Scaling, Voxels
@@ -63,8 +64,8 @@ def prepare_volume(
     prepared = replace(volume, config=record)
     if release:
         volume.release()
-    elif record.preprocess is not None:
-        prepared = replace(prepared, voxels=volume.voxels.copy())  # which the function may change
+    elif record.preprocess is not None or (record.nonfinite is not None and volume.voxels.dtype.kind == "f"):
+        prepared = replace(prepared, voxels=volume.voxels.copy())  # which these change in place
     path = volume.row.path
     try:
         for step in _steps(record):
@@ -80,6 +81,8 @@ def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
     steps: list[Callable[[Volume], Volume]] = []
     count = record.num_channels if record.channels else None
     how, each = Interpolation.of(record), record.channels is not None
+    if record.nonfinite is not None:
+        steps.append(partial(make_finite, record=record))
     for name, function in load_functions(record):
         steps.append(partial(apply_function, function=function, name=name, num_channels=count))
     if record.orientation is not None:
@@ -97,6 +100,25 @@ def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
     if record.shape is not None:
         steps.append(partial(crop_or_pad, shape=record.shape, each=each))
     return steps
+
+
+def make_finite(volume: Volume, record: RecordConfig) -> Volume:
+    """Replace NaN and infinite voxels of each image in place, by `RecordConfig.nonfinite`, and count them.
+
+    Raises:
+        VolumeError: an image has no finite voxel, or native voxels cannot hold the value.
+    """
+    is_native = record.voxel_dtype == "native"
+    voxels, scaling, counts = replace_nonfinite(
+        volume.voxels, volume.scaling, record.nonfinite or "", record.channels, is_native=is_native
+    )
+    earlier = volume.num_nonfinite or (0,) * len(counts)  # another step may have replaced some already
+    return replace(
+        volume,
+        voxels=voxels,
+        scaling=scaling,
+        num_nonfinite=tuple(was + now for was, now in zip(earlier, counts, strict=True)),
+    )
 
 
 def apply_function(volume: Volume, function: Function, name: str, num_channels: int | None = None) -> Volume:
@@ -176,7 +198,9 @@ def _wrong_with(made: object, dtypes: Collection[str] = ()) -> str | None:
     if voxels.ndim not in (3, 4) or voxels.size == 0:
         return f"returned voxels of shape {voxels.shape}; return (X, Y, Z) or (X, Y, Z, channels)"
     if not (voxels.flags.c_contiguous and voxels.dtype.isnative):
-        return "returned voxels in another order; return numpy.ascontiguousarray of them, in native bytes"
+        return (
+            "returned voxels in another order; return numpy.ascontiguousarray of them, in native byte order"
+        )
     scaling: object = made.scaling
     if not isinstance(scaling, Scaling):
         return f"returned a scaling that is a {type(scaling).__name__}; return the Scaling that it got"

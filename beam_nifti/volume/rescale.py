@@ -84,7 +84,7 @@ def float_limits(name: str) -> Any:
     return np.finfo(name)
 
 
-def measure(voxels: Voxels, scaling: Scaling) -> Intensity:
+def measure(voxels: Voxels, scaling: Scaling, remedy: str = "mask them or repair the image") -> Intensity:
     """A volume's range, mean and standard deviation.
 
     The range is exact; the mean is within 1e-12 of it, and the standard deviation within 1e-7 of it.
@@ -92,6 +92,7 @@ def measure(voxels: Voxels, scaling: Scaling) -> Intensity:
     Args:
         voxels: any shape, real dtype, C order. Not modified.
         scaling: scaling from stored voxels to the image's units.
+        remedy: for the error.
 
     Raises:
         VolumeError: a voxel is NaN or infinite, before or after scaling.
@@ -101,9 +102,7 @@ def measure(voxels: Voxels, scaling: Scaling) -> Intensity:
     if not np.isfinite(extremes).all():
         if voxels.dtype.kind == "f":
             bad = int(np.count_nonzero(~np.isfinite(scaling.apply(voxels))))
-            raise VolumeError(
-                f"{bad} of {voxels.size} voxels are NaN or infinite; mask them or repair the image"
-            )
+            raise VolumeError(f"{bad} of {voxels.size} voxels are NaN or infinite; {remedy}")
         raise VolumeError(f"scaling by {scaling} gives infinite values; repair the header")
     flat, shrink = voxels.reshape(-1), _shrink(voxels)
     total = squares = 0.0

@@ -33,7 +33,7 @@ from beam_nifti.volume.header import (
     require_shape,
     require_storable,
 )
-from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, stored_range
+from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, select_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.resample import Interpolation
@@ -65,9 +65,13 @@ class Volume:
         source: files that it was read from, and shape and affine of the first image before any preparation.
         mask: labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order; None if the manifest has no
             masks.
+        mapped_labels: labels in the file of the mask that were mapped to others, ascending; None if no labels
+            are mapped.
         intensities: range, mean and standard deviation of each image, in its units; empty before they
             are measured.
         rescale_ranges: intensities of each image that become 0 and 1; empty if they are its range.
+        num_nonfinite: voxels of each image that were NaN or infinite and were replaced; empty if they are an
+            error.
         notes: keys of `notes.TEXTS` for what a user should know about its files and their processing; a build
             counts them.
         config: options of the steps that processed it, as the configuration of its record; None before the
@@ -82,8 +86,10 @@ class Volume:
     dtype: str
     source: Source
     mask: Voxels | None = None
+    mapped_labels: tuple[int, ...] | None = None
     intensities: tuple[Intensity, ...] = ()
     rescale_ranges: tuple[RescaleRange, ...] = ()
+    num_nonfinite: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     config: RecordConfig | None = None
 
@@ -157,7 +163,7 @@ def load_frames(
     parse = _parser(row, 0, record, None, shape, dtype)
     with open_image(row.path, storage.join(folder, row.path), parse) as image:
         header, layout = image.header, record_layout(row.path, image.header, record)
-        require_frames(row.path, header, row.num_frames)
+        require_frames(row.path, header, row.num_frames, record)
         content = image.read_all()
     mask = _load_mask(row, folder, record, header)
     scaling = Scaling() if header.is_complex else header.scaling
@@ -167,28 +173,35 @@ def load_frames(
         voxels = cut_frame(content, frame, header, layout, record.complex)
         return _assemble(row.of_frame(frame), [loaded], mask, voxels, scaling, record)
 
-    return map(of_frame, row.frames)  # unlike a generator, it keeps no frame that it has returned
+    frames = [frame for frame in row.frames if frame < header.num_frames]
+    return map(of_frame, frames)  # unlike a generator, it keeps no frame that it has returned
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _LoadedImage:
-    """One of the images of an example, or its mask."""
+    """One of the images of an example, or its mask with the labels that were mapped."""
 
     header: VolumeHeader
     voxels: Voxels
     scaling: Scaling
     stats: FileStats
+    mapped: tuple[int, ...] = ()
 
 
 def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
-    """The mask of an example whose image has this header, if any; its voxels are labels."""
+    """The mask of an example whose image has this header, if any; its voxels are labels.
+
+    It has no label if the row does not have a mask. Its files are none then.
+    """
     if record.mask_dtype is None:
         return None
     path = row.files[-1]
+    if not path:
+        return _LoadedImage(image, np.zeros(image.space, record.mask_dtype), Scaling(), ())
     parse = _parser(row, record.num_channels, record, image)
-    header, labels, stats = load_mask(path, storage.join(folder, path), parse, record.mask_dtype)
-    brought, _ = _bring_onto(image, labels, Scaling(), header, record, is_mask=True)
-    return _LoadedImage(header, brought, Scaling(), stats)
+    mask = load_mask(path, storage.join(folder, path), parse, record)
+    labels, _ = _bring_onto(image, mask.labels, Scaling(), mask.header, record, is_mask=True)
+    return _LoadedImage(mask.header, labels, Scaling(), mask.stats, mask.mapped)
 
 
 def _assemble(
@@ -202,7 +215,7 @@ def _assemble(
     """The volume of these voxels, which were loaded from the files of an example."""
     header, files = images[0].header, [*images, *([mask] if mask else [])]
     dtypes = [image.header.dtype_name for image in images]
-    stats, affine = tuple(file.stats for file in files), tuple(header.affine.ravel().tolist())
+    stats, affine = tuple(file.stats for file in files if file.stats), tuple(header.affine.ravel().tolist())
     return Volume(
         row=row,
         voxels=voxels,
@@ -212,6 +225,7 @@ def _assemble(
         dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
         source=Source(stats, header.shape, affine),
         mask=mask.voxels if mask else None,
+        mapped_labels=mask.mapped if mask and record.map_labels is not None else None,
         notes=join_notes(file.header.notes for file in files),
         config=record,
     )
@@ -327,7 +341,7 @@ def load_header(
     """
     record = record or RecordConfig()
     headers = list[VolumeHeader]()
-    for number, path in enumerate(row.files):
+    for number, path in enumerate(row.existing_files):
         parse = _parser(row, number, record, headers[0] if headers else None, shape, dtype, is_any=is_any)
         headers.append(read_header(path, storage.join(folder, path), parse))
     if not is_any:
@@ -352,12 +366,15 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         VolumeError: voxels are NaN or infinite, have no range, or do not fit their dtype.
     """
     intensities, ranges, stored = list[Intensity](), list[RescaleRange](), volume.voxels
+    notes = list[str]()
     is_native = config.voxel_dtype == "native"
-    for number, voxels in enumerate(_images(volume, config)):
+    for number, voxels in enumerate(images_of(volume, config)):
         try:
-            intensity, found, rescaled = _rescale(voxels, volume, config)
+            intensity, found, rescaled = _rescale(voxels, volume, config, number)
         except VolumeError as e:
             raise VolumeError(f"{volume.row.files[number]}: {e}") from e
+        if _is_far_from_cohort(voxels, volume, config, intensity, number):
+            notes.append("far-from-cohort")
         intensities.append(intensity)
         ranges += [found] if found else []
         if config.channels is None:
@@ -372,8 +389,22 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         scaling=volume.scaling if is_native else Scaling(),
         intensities=tuple(intensities),
         rescale_ranges=tuple(ranges),
+        notes=join_notes([volume.notes, notes]),
         config=config,
     )
+
+
+def _is_far_from_cohort(
+    voxels: Voxels, volume: Volume, config: RecordConfig, intensity: Intensity, number: int
+) -> bool:
+    if config.rescale_stats is None:
+        return False
+    if config.rescale_within is not None:
+        voxels = voxels[select_voxels(voxels, volume.scaling, config.rescale_within, volume.mask)]
+        if voxels.size == 0:
+            return False
+        intensity = measure(voxels, volume.scaling)
+    return config.rescale_stats.channels[number].is_far(intensity.mean)
 
 
 def require_rescaled(volume: Volume) -> None:
@@ -385,7 +416,7 @@ def require_rescaled(volume: Volume) -> None:
             f"{volume.row.path}: its voxels are {volume.voxels.dtype}, but Rescale made them "
             f"{config.voxel_dtype}; {remedy}"
         )
-    for number, voxels in enumerate(_images(volume, config)):
+    for number, voxels in enumerate(images_of(volume, config)):
         intensity = volume.intensities[number]
         found = np.array([voxels.min(), voxels.max()])
         if config.voxel_dtype == "native":
@@ -400,7 +431,7 @@ def require_rescaled(volume: Volume) -> None:
             )
 
 
-def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
+def images_of(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
     """The voxels of each image, C order."""
     if config.channels is None:
         yield volume.voxels
@@ -410,13 +441,18 @@ def _images(volume: Volume, config: RecordConfig) -> Iterator[Voxels]:
 
 
 def _rescale(
-    voxels: Voxels, volume: Volume, config: RecordConfig
+    voxels: Voxels, volume: Volume, config: RecordConfig, number: int
 ) -> tuple[Intensity, RescaleRange | None, Voxels]:
     scaling = volume.scaling
-    intensity = measure(voxels, scaling)
+    remedy = "replace them with --nonfinite, or repair the image"
+    if config.nonfinite is not None:  # so they came after the replacement
+        remedy = (
+            "they came with the preparation, which --nonfinite precedes; repair the function or the image"
+        )
+    intensity = measure(voxels, scaling, remedy)
     if config.method == "minmax" and intensity.min == intensity.max:
         raise constant_image(intensity.min)
-    rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask)
+    rescale_range = find_rescale_range(voxels, scaling, intensity, config, volume.mask, number)
     if not config.is_bounded:
         require_range(intensity, rescale_range, config.rescaled_dtype)
     if config.voxel_dtype == "native":

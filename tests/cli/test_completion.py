@@ -43,8 +43,8 @@ def complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[Se
     ("words", "offered"),
     [
         (["ver"], {"verify"}),
-        (["manifest", ""], {"bids", "glob"}),
-        (["build", "--resc"], {"--rescale", "--rescale-within"}),
+        (["manifest", ""], {"bids", "glob", "msd", "table"}),
+        (["build", "--resc"], {"--rescale", "--rescale-within", "--rescale-split", "--rescale-stats"}),
         (["build", "--compression", ""], {"gzip", "none"}),
         (["build", "coh"], {"cohort", "cohort.tsv"}),
         (["build", "cohort.tsv", "coh"], {"cohort"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ BUILD: dict[str, Row] = {
     "--mask-column": ["mask"],
     "--label-column": ["age:class"],
     "--missing-label": ["skip"],
+    "--missing-mask": ["skip", "--mask-column=lesion"],
     "--id-column": ["name"],
     "--anonymous-ids": ["key"],
     "--split": ["train=0.5,test=0.5"],
@@ -47,11 +49,16 @@ BUILD: dict[str, Row] = {
     "--compression-level": ["1"],
     "--rescale": ["window:-160,240"],
     "--rescale-within": ["above:-5"],
+    "--rescale-split": "pipeline/test_analyze.py::test_the_measured_splits_are_those_that_are_named",
+    "--rescale-stats": "pipeline/test_analyze.py::test_a_build_takes_the_file_of_an_analysis",
     "--clip": ["", "--rescale=percentile:1,99"],
     "--voxel-dtype": ["uint8"],
     "--mask-dtype": ["uint16", "--mask-column=mask"],
+    "--map-labels": ["1=0", "--mask-column=mask", "--crop-foreground=mask"],
     "--frames": ["first"],
+    "--max-frames": ["2", "--frames=each"],
     "--complex": ["magnitude"],
+    "--nonfinite": ["zero"],
     "--preprocess": ["beam_nifti.volume.preprocess:orient"],
     "--orientation": ["SRA"],
     "--spacing": ["1,1,1"],
@@ -77,26 +84,52 @@ BUILD: dict[str, Row] = {
     "--metrics-file": "cli/test_monitoring.py::test_prometheus_can_read_the_metrics_of_a_build",
 }
 CHECK: dict[str, Row] = {
+    "--rescale": ["cohort:zscore"],
+    "--rescale-split": "pipeline/test_analyze.py::test_check_tells_what_would_be_measured",
+    "--rescale-stats": "pipeline/test_analyze.py::test_check_tells_what_would_be_measured",
     "--json": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--out": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--max-bad-fraction": "pipeline/test_check_and_build.py::test_check_and_build_of_the_command_line_agree",
     "--workers": "pipeline/test_runners.py::test_workers_of_this_machine",
+    "--nonfinite": "volume/test_nonfinite.py::test_check_crops_to_finite_voxels",
     "--quiet": "cli/test_monitoring.py::test_a_log_gets_lines_of_progress",
     "--summary-json": "cli/test_monitoring.py::test_a_dry_run_a_check_and_a_verification_tell_too",
     "--temp-location": "cli/test_options.py::test_beam_gets_the_temporary_folder_of_check",
 }
+JOINING = "manifest/test_joining.py::"
+JOIN: dict[str, Row] = {
+    "--join": f"{JOINING}test_every_source_can_be_joined",
+    "--on": f"{JOINING}test_ids_of_several_columns",
+    "--join-columns": f"{JOINING}test_chosen_columns_are_added_and_renamed",
+    "--unmatched": f"{JOINING}test_rows_without_a_partner_are_named",
+}
 OTHERS: dict[str, dict[str, Row]] = {
     "manifest bids": {
+        **JOIN,
         "--suffix": ["T2w"],
         "--session": ["one"],
         "--entity": ["run=1"],
+        "--mask-suffix": ["dseg"],
+        "--derivatives": ["fs", "--mask-suffix=dseg"],
         "--label": ["age"],
         "--column": ["sex"],
         "--all-images": [""],
         "--out": ["m.tsv"],
         "--overwrite": ["", "--out=old.tsv"],
     },
+    "manifest msd": {
+        **JOIN,
+        "--only": ["train"],
+        "--out": ["m.tsv"],
+        "--overwrite": ["", "--out=old.tsv"],
+    },
+    "manifest table": {
+        **JOIN,
+        "--out": f"{JOINING}test_every_format_is_joined",
+        "--overwrite": f"{JOINING}test_no_input_is_replaced_and_paths_stay_true",
+    },
     "manifest glob": {
+        **JOIN,
         "--all-images": [""],
         "--out": ["m.tsv"],
         "--overwrite": ["", "--out=old.tsv"],
@@ -115,9 +148,32 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--quiet": "inspection/test_convert.py::test_the_command",
         "--summary-json": "inspection/test_convert.py::test_the_command",
     },
+    "relabel": {
+        "--label-column": "pipeline/test_relabeling.py::test_labels_may_be_of_other_columns",
+        "--missing-label": "pipeline/test_relabeling.py::test_rows_are_neither_lost_nor_invented",
+        "--anonymous-ids": "pipeline/test_relabeling.py::test_anonymous_ids",
+        "--overwrite": "pipeline/test_withdrawal.py::test_what_may_hold_more_records_is_refused_or_discarded",
+        "--quiet": "pipeline/test_relabeling.py::test_the_command",
+        "--summary-json": "pipeline/test_relabeling.py::test_the_command",
+    },
+    "withdraw": {
+        "--participant": "pipeline/test_withdrawal.py::test_the_command",
+        "--manifest": "pipeline/test_withdrawal.py::test_the_command",
+        "--anonymous-ids": "pipeline/test_withdrawal.py::test_anonymous_ids",
+        "--overwrite": "pipeline/test_withdrawal.py::test_what_may_hold_more_records_is_refused_or_discarded",
+        "--quiet": "pipeline/test_withdrawal.py::test_the_command",
+        "--summary-json": "pipeline/test_withdrawal.py::test_the_command",
+    },
     "inspect": {"--record": ["a"], "--json": [""]},
     "diff": {"--json": [""]},
-    "extract": {"--id": ["b"], "--out": ["x.nii"], "--mask": [""], "--overwrite": ["", "--out=old.nii"]},
+    "extract": {
+        "--id": ["b"],
+        "--out": ["x.nii"],
+        "--mask": [""],
+        "--on-source-grid": "inspection/test_restoring.py::"
+        "test_records_are_extracted_on_the_grids_of_their_sources",
+        "--overwrite": ["", "--out=old.nii"],
+    },
     "view": {
         "--id": "reporting/test_view.py::test_left_is_left",
         "--mask": "reporting/test_view.py::test_left_is_left",
@@ -141,7 +197,27 @@ OTHERS: dict[str, dict[str, Row]] = {
         "--quiet": "reporting/test_report.py::test_the_command",
     },
 }
-TABLE = {"build": BUILD, "check": {**BUILD, **CHECK}, **OTHERS}
+_ANALYZED = "pipeline/test_analyze.py::test_an_option_changes_what_is_measured"
+ANALYZE: dict[str, Row] = {
+    **dict.fromkeys(
+        (
+            *("--path-column", "--mask-column", "--split", "--stratify", "--split-seed", "--frames"),
+            *("--max-frames", "--complex", "--rescale", "--rescale-within", "--rescale-split"),
+            *("--nonfinite", "--align", "--preprocess", "--orientation", "--reference", "--spacing"),
+            *("--resize", "--resize-longest", "--interpolation", "--mask-interpolation", "--antialias"),
+            *("--separate-z", "--crop-foreground", "--shape", "--allow-mixed-shapes", "--map-labels"),
+            *("--missing-label", "--missing-mask", "--label-column", "--max-bad-fraction", "--id-column"),
+            *("--anonymous-ids", "--mask-dtype"),
+        ),
+        _ANALYZED,
+    ),
+    **{flag: BUILD[flag] for flag in ("--config", "--like", "--without", "--quiet")},
+    **{flag: CHECK[flag] for flag in ("--workers", "--temp-location")},
+    "--json": "pipeline/test_analyze.py::test_the_command_prints_and_writes_the_same",
+    "--out": "pipeline/test_analyze.py::test_the_command_prints_and_writes_the_same",
+    "--summary-json": "pipeline/test_analyze.py::test_the_command_prints_and_writes_the_same",
+}
+TABLE = {"analyze": ANALYZE, "build": BUILD, "check": {**BUILD, **CHECK}, **OTHERS}
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
@@ -199,6 +275,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "second": f"{(number + 1) % 6}.nii",
                 "mask": f"mask{number}.nii",
                 "other": f"other{number}.nii",
+                "lesion": "" if number == 1 else f"mask{number}.nii",
                 "age": "" if number == 1 else number,
                 "name": f"n{number}",
                 "site": "ab"[number % 2],
@@ -284,7 +361,13 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rest in ("ses-one/anat/sub-{}_ses-one_run-1_T1w", "ses-two/anat/sub-{}_ses-two_run-1_T1w"):
             write_image(root / f"bids/sub-{subject}" / f"{rest.format(subject)}.nii")
     write_image(root / "bids/sub-a/ses-one/anat/sub-a_ses-one_T2w.nii")
+    for folder in ("bids", "bids/derivatives/fs"):
+        write_image(root / folder / "sub-a/ses-one/anat/sub-a_ses-one_run-1_dseg.nii")
     write_image(root / "bids/sub-b/ses-one/anat/sub-b_ses-one_run-2_T1w.nii")
+    listed = {"training": [{"image": "x.nii", "label": "y.nii"}], "test": ["z.nii"]}
+    for name in ("x", "y", "z"):
+        write_image(root / f"msd/{name}.nii")
+    (root / "msd/dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, **listed}))
     write_manifest(
         root / "bids/participants.tsv",
         [{"participant_id": f"sub-{s}", "age": 3 + i, "sex": "F"} for i, s in enumerate("ab")],
@@ -305,6 +388,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BASES: dict[str, list[str]] = {
     "manifest bids": ["bids", "--session=one", "--entity=run=1", "--suffix=T1w"],
+    "manifest msd": ["msd"],
     "manifest glob": ["bids/**/*_T1w.nii"],
     "verify": ["out"],
     "inspect": ["out"],
@@ -353,7 +437,7 @@ SINGLE = [
     for flag, action in parser._option_string_actions.items()
     if flag.startswith("--") and action.nargs is None and not isinstance(action, argparse._AppendAction)
 ]
-REPEATABLE = {"--session", "--entity", "--column", "--id", "--preprocess"}
+REPEATABLE = {"--session", "--entity", "--column", "--participant", "--id", "--preprocess"}
 
 
 @pytest.mark.parametrize(("command", "flag"), SINGLE)
@@ -393,7 +477,10 @@ def test_no_argument_is_empty(value: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["verify", "out", "--shape=1,2,3"], "--shape is an option of check and build, not of verify"),
+        (
+            ["verify", "out", "--shape=1,2,3"],
+            "--shape is an option of check, analyze and build, not of verify",
+        ),
         (["inspect", "out", "--jsn"], "unknown flag --jsn; did you mean --json?"),
         (["verify", "out", "--manifes=x"], "did you mean --manifest?"),
         (

@@ -238,7 +238,7 @@ def test_rows_are_added_without_reading_the_other_images(
     assert (info.revision, info.num_examples) == (2, 8)
     assert "sources" not in info.format_features
     assert bn.verify(new, manifest=manifest, deep="all")
-    with pytest.raises(OutputError, match="another dataset"):
+    with pytest.raises(OutputError, match="not converted from"):
         bn.convert(old, new, progress=False)
 
 
@@ -618,7 +618,7 @@ def test_an_output_that_holds_something_else_stays(
 ) -> None:
     new = tmp_path / "new"
     build_dataset(study, new)
-    with unchanged(new), pytest.raises(OutputError, match="holds another dataset than"):
+    with unchanged(new), pytest.raises(OutputError, match="holds a dataset that was not converted from"):
         bn.convert(old, new, progress=False)
     (new / "dataset_info.json").unlink()
     with unchanged(new), pytest.raises(OutputError, match=r"choose another output, or delete it first$"):
@@ -629,7 +629,10 @@ def test_an_output_that_holds_something_else_stays(
         convert(old, tmp_path / "other")
     repair(old, 3)
     edit_info(old, lambda facts: facts.update(revision=2))
-    with unchanged(tmp_path / "other"), pytest.raises(OutputError, match="something unfinished that is no"):
+    with (
+        unchanged(tmp_path / "other"),
+        pytest.raises(OutputError, match="holds an unfinished build, or a conversion"),
+    ):
         bn.convert(old, tmp_path / "other", progress=False)
     assert convert(small, tmp_path / "other") == 8
 
@@ -665,7 +668,7 @@ def test_a_converted_dataset_that_is_damaged_is_called_so(
     with unchanged(new), pytest.raises(OutputError, match=damaged):
         bn.convert(old, new, progress=False)
     edit_info(old, lambda facts: facts["manifest"].update(digest="0" * 64))
-    with unchanged(new), pytest.raises(OutputError, match="holds another dataset than"):
+    with unchanged(new), pytest.raises(OutputError, match="holds a dataset that was not converted from"):
         bn.convert(old, new, progress=False)
 
 

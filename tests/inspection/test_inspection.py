@@ -143,7 +143,7 @@ def test_record(dataset: Path) -> None:
     found = describe_record(str(dataset), "sub-0004")
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     shard = info_of(dataset).split("train").shards[1]
-    assert (found["split"], found["shard"], found["ordinal"]) == ("train", shard.name, 0)
+    assert (found["split"], found["shard"], found["number_in_shard"]) == ("train", shard.name, 0)
     assert (found["offset"], found["length"]) == (0, shard.num_bytes)
     assert (found["label"], found["age"], found["row"]) == (4.0, "24", 5)
     assert found["source"] == "sub-0004.nii.gz"
@@ -168,11 +168,17 @@ def test_record_as_text(dataset: Path) -> None:
 
 def test_further_columns_named_like_the_place_are_shown_too(tmp_path: Path) -> None:
     write_image(tmp_path / name_of(0), brain((4, 3, 2)))
-    row = {"participant_id": "sub-0000", "path": name_of(0), "label": 1, "shard": "A1", "ordinal": "7th"}
+    row = {
+        "participant_id": "sub-0000",
+        "path": name_of(0),
+        "label": 1,
+        "shard": "A1",
+        "number_in_shard": "7th",
+    }
     output = build_dataset(write_manifest(tmp_path / "m.tsv", [row]), tmp_path / "out")
     found = describe_record(str(output), "sub-0000")
     assert (found["shard"], found["manifest_shard"]) == (info_of(output).shards[0].name, "A1")
-    assert (found["ordinal"], found["manifest_ordinal"]) == (0, "7th")
+    assert (found["number_in_shard"], found["manifest_number_in_shard"]) == (0, "7th")
 
 
 def test_unknown_record_names_a_close_one(dataset: Path) -> None:

@@ -446,7 +446,7 @@ INDEX0 = "index/train-00000-of-00002.parquet"
         ("length", -1, ["not in the file"]),
         ("length", 2**62, ["not in the file"]),
         ("position", 0, ["positions do not ascend at record 1 (sub-0001)"]),
-        ("example_id", "sub-0000", ["1 ids occur more than once: sub-0000 (2)"]),
+        ("example_id", "sub-0000", ["1 id occurs more than once: sub-0000 (2)"]),
         ("example_id", "sub-9", ["record 1 (sub-9)", "id is 'sub-0001', but the index has 'sub-9'"]),
         ("label", 5.0, ["record 1 (sub-0001)", "label is 1, but the index has 5"]),
         ("label", None, ["record 1 (sub-0001)", "label is None", "labelled: True"]),
@@ -578,7 +578,7 @@ def test_index_of_another_shard(gzip: Path) -> None:
         (lambda i: i["manifest"].update(num_rows=7), ["do not make the manifest's 7 rows"]),
         (
             lambda i: i.update(num_failures=1, failures="failures.jsonl", failures_sha256="0" * 64),
-            ["failures.jsonl: is missing", "gives 1 failures"],
+            ["failures.jsonl: is missing", "gives 1 failure"],
         ),
         (lambda i: i.update(num_failures=1), ["num_failures is 1, but failures is None"]),
         (lambda i: i.update(shape=[6, 5, 5]), ["(6, 5, 4), but dataset_info.json gives (6, 5, 5)"]),
@@ -862,8 +862,8 @@ def with_failure(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("edit", "texts"),
     [
-        (lambda text: text + text.replace("0002", "0003"), ["has 2 lines", "gives 1 failures"]),
-        (lambda text: text.replace("0002", "0001"), ["1 of its examples are in the shards", "sub-0001"]),
+        (lambda text: text + text.replace("0002", "0003"), ["has 2 lines", "gives 1 failure"]),
+        (lambda text: text.replace("0002", "0001"), ["1 example is also in the shards", "sub-0001"]),
         (lambda text: text[:20], ["failures.jsonl: row 1: not JSON"]),
         (lambda text: text + text, ["failures.jsonl: row 2: id 'sub-0002' is also in row 1"]),
     ],
@@ -903,7 +903,7 @@ def test_a_changed_cell_of_a_failed_row_is_named_by_its_column(tmp_path: Path, c
 
 def test_deleted_failures(with_failure: Path) -> None:
     (with_failure / "failures.jsonl").unlink()
-    only(problems(with_failure), "failures.jsonl: is missing", "gives 1 failures")
+    only(problems(with_failure), "failures.jsonl: is missing", "gives 1 failure")
 
 
 # Deep

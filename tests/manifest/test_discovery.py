@@ -289,7 +289,7 @@ def test_several_images_of_a_session_are_refused_with_the_flag_to_choose(
             "sub-01_T1w is '89+', not a finite",
         ),
         (["participant_id age", "sub-01 NaN"], ["--label=age"], "none of the 3 images has a value of age: "),
-        ([], ["--column=path"], "--column path: every manifest has this column already; drop it"),
+        ([], ["--column=path"], "--column path: the manifest has this column already; drop it"),
         ([], ["--entity=run"], "--entity is 'run'; give a key and a label, such as run=1"),
         ([], ["--entity==1"], "--entity is '=1'"),
         (
@@ -582,10 +582,8 @@ def test_every_container_is_found_and_a_pair_once(tmp_path: Path, capsys: Captur
 
 def test_errors_of_patterns(study: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "no file matches" in error_of(capsys, "glob", f"{tmp_path}/*.nii.gz")
-    assert "3 files whose names do not end like an image" in error_of(
-        capsys, "glob", f"{study}/sub-*/anat/sub*"
-    )
-    assert "1 of 7 paths name no participant" in error_of(
+    assert "3 files without an image's ending" in error_of(capsys, "glob", f"{study}/sub-*/anat/sub*")
+    assert "1 path does not name a participant" in error_of(
         capsys, "glob", f"{study}/**/*.nii.gz", f"{study}/*.nii.gz"
     )
     said = error_of(capsys, "glob", f"{study}/sub-*/*/*.nii.gz")

@@ -108,7 +108,8 @@ def test_one_column_without_a_kind_is_what_it_was(tmp_path: Path) -> None:
     assert [row.label for row in manifest.rows(range(6))] == [10, 9, 9, 2, 10, 2]
     assert {row.labels for row in manifest.rows(range(6))} == {()}
     config = BuildConfig("m", "o", columns=manifest.columns).as_dataset_config()
-    assert config["columns"] == dataclasses.asdict(Columns(label="stage"))
+    known = {"path": "path", "label": "stage", "id": None, "mask": None, "missing_label": None}
+    assert config["columns"] == known
     assert "labels" not in config
 
 
@@ -220,7 +221,7 @@ def test_a_single_column_of_texts_has_classes(tmp_path: Path, flag: str | None) 
 @pytest.mark.parametrize("label", ["age", "age,sex"])
 def test_one_text_among_numbers_makes_no_classes(tmp_path: Path, label: str) -> None:
     (problem,) = problems_of(tmp_path, Columns(label=label, missing_label="nan"), age=["89+", *AGES[1:]])
-    assert problem.startswith("row 1: age is '89+', not a finite number (of float32); correct it, or make")
+    assert problem.startswith("row 1: age is '89+', not a finite float32 number; correct it, or make")
     assert problem.endswith("--label-column age:class")
     assert manifest_of(tmp_path, Columns(label="age:class", missing_label="nan"), age=["89+", *AGES[1:]])
 
@@ -296,7 +297,7 @@ FOREIGN = ["\u22121.5", "\u20134", "1\xa0234\xa0567", "12\u202f000,5", "1_000", 
     "text", ["63,5", "50%", "1.234,5", "1,000", "12 %", "- 3", "1 234", "1'000", *FOREIGN]
 )
 def test_numbers_of_spreadsheets_are_no_classes(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ManifestError, match=r"not a finite number .*make classes of all .*age:class"):
+    with pytest.raises(ManifestError, match=r"not a finite float32 number.*make classes of all .*age:class"):
         manifest_of(tmp_path, Columns(label="age"), age=[text] * len(AGES))
     assert manifest_of(tmp_path, Columns(label="age:class"), age=[text] * len(AGES))
 
@@ -334,7 +335,7 @@ def test_what_is_no_number_is_not_missing(tmp_path: Path, missing: str) -> None:
     problems = problems_of(
         tmp_path, Columns(label="age:float", missing_label=missing), age=[*AGES[:5], "89+"]
     )
-    assert problems == ("row 6: age is '89+', not a finite number (of float32)",)
+    assert problems == ("row 6: age is '89+', not a finite float32 number",)
 
 
 def test_columns_that_tell_nothing(tmp_path: Path) -> None:

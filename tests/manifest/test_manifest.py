@@ -195,7 +195,7 @@ def test_labels_are_numbers_of_float32(tmp_path: Path) -> None:
 def test_other_labels_are_refused_with_their_row(tmp_path: Path, label: str) -> None:
     (problem,) = problems_of(tmp_path, f"path,label\na.nii,1\nb.nii,{label}\n")
     assert problem == (
-        f"row 2: label is {label!r}, not a finite number (of float32); correct it, or make classes of all "
+        f"row 2: label is {label!r}, not a finite float32 number; correct it, or make classes of all "
         "labels with --label-column label:class"
     )
 

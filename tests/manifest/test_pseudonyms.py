@@ -465,7 +465,7 @@ def test_the_configuration_and_the_voxels_are_those_of_the_names(
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ({"label": "Doe"}, "row 2: label is {}, not a finite number"),
+        ({"label": "Doe"}, "row 2: label is {}, not a finite float32 number"),
         ({"label": "n/a"}, "row 2: label is {}, a missing label"),
         ({"split": "Doe!"}, "row 2: split is {}; use up to 128 letters"),
         ({"split": "TRAIN"}, "row 2: split is {}, and {} in row 1; give them one spelling"),

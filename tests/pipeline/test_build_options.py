@@ -26,6 +26,7 @@ from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.pipeline.configure import make_config
 from beam_nifti.pipeline.options import OPTIONS, flag_of
 from beam_nifti.pipeline.parameters import as_parameters, naming_parameters
+from beam_nifti.pipeline.statistics_file import parse_statistics
 from beam_nifti.volume.user_function import source_sha256
 from tests.build_helpers import build_config, contents
 from tests.datasets import edit_info, info_of
@@ -36,6 +37,8 @@ from tests.user_functions import change_all_in_place, scale
 STEP = "tests.golden.steps:double"
 SPLIT = {"split": "a=1"}
 MASKS = {"mask_column": "seg"}
+COHORT = {"rescale": "cohort:zscore"}
+STATISTICS = str(Path(__file__).parent.parent / "golden/statistics.json")
 
 REFERENCE = Path(__file__).parent.parent / "golden/version-1/images/1-T1w.nii"
 REFERENCE_GRID = {"shape": nib.load(REFERENCE).shape, "affine": nib.load(REFERENCE).affine}  # type: ignore[attr-defined]
@@ -46,6 +49,7 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--mask-column=seg", ["seg"]),
     ({}, "--label-column=age:float,sex", ["age:float,sex", ("age:float", "sex")]),
     ({}, "--missing-label=nan", ["nan"]),
+    (MASKS, "--missing-mask=empty", ["empty"]),
     ({}, "--id-column=name", ["name", np.str_("name")]),
     ({}, "--anonymous-ids=lab/key", ["lab/key", Path("lab/key")]),
     (
@@ -68,13 +72,33 @@ ALIKE: list[tuple[dict[str, Any], str, list[Any]]] = [
     ({}, "--rescale=window:-160,240", [Window(-160, np.int16(240)), ("window", np.float32(-160), 240)]),
     ({}, "--rescale=zscore", ["zscore", ("zscore",)]),
     ({}, "--rescale-within=above:-0.5", ["above:-.5", ("above", -0.5), ["above", np.float64(-0.5)]]),
+    ({}, "--rescale=cohort:zscore", ["cohort:zscore", ("cohort:zscore",)]),
+    (
+        {},
+        "--rescale=cohort:percentile:0.5,99.5",
+        ["cohort:percentile:.5,99.5", ("cohort:percentile", 0.5, np.float64(99.5))],
+    ),
+    (COHORT, "--rescale-split=test,train", ["train,test", ["train", "test"], ("test", "train", "test")]),
+    (
+        COHORT,
+        f"--rescale-stats={STATISTICS}",
+        [STATISTICS, Path(STATISTICS), parse_statistics(Path(STATISTICS).read_text())],
+    ),
     ({"rescale": "window:0,1"}, "--clip", [True, np.True_]),
     (MASKS, "--mask-dtype=uint16", ["uint16"]),
+    (
+        MASKS,
+        "--map-labels=4=3,10=0",
+        ["10=0, 4=3", {10: 0, 4: 3}, {"4": "3", 10: np.int8(0)}, "0=0,4=3,10=0"],
+    ),
     ({}, "--voxel-dtype=float16", ["float16"]),
     ({}, "--frames=3", [3, "3", np.int64(3)]),
     ({}, "--frames=first", ["first", 0, "0"]),
+    ({"frames": "each"}, "--max-frames=400", [400, "400", np.int16(400)]),
     ({}, "--complex=real-imag", ["real-imag"]),
     ({}, "--allow-mixed-shapes", [True]),
+    ({}, "--nonfinite=value:-1024", ["value:-1024.0", ("value", -1024), ["value", np.float32(-1024)]]),
+    ({}, "--nonfinite=zero", ["zero", ("zero",), ("value", 0), "value:-0"]),
     (
         {},
         "--preprocess=tests.user_functions:change_all_in_place",
@@ -136,7 +160,10 @@ def test_every_option_is_tried_here() -> None:
 
 def test_none_is_not_given() -> None:
     assert make_config("m.tsv", "out", dict.fromkeys(OPTIONS)) == of_command_line()
-    assert make_config("m.tsv", "out", {"clip": False, "orientation": "native"}) == of_command_line()
+    assert (
+        make_config("m.tsv", "out", {"clip": False, "orientation": "native", "nonfinite": "error"})
+        == of_command_line()
+    )
 
 
 def test_the_defaults_can_be_given() -> None:
@@ -171,7 +198,7 @@ def wrapped(volume: Any) -> Any:
 
 
 REFUSED: list[tuple[str, Any, str]] = [
-    ("rescal", "minmax", "unknown option 'rescal'; did you mean rescale or rescale_within?"),
+    ("rescal", "minmax", "unknown option 'rescal'; did you mean rescale or rescale_stats or rescale_split?"),
     ("zzz", 1, "unknown option 'zzz'; choose one of: path_column, "),
     ("workers", True, "--workers is True; give a whole number"),
     ("workers", 2.5, "--workers is 2.5; give a whole number"),
@@ -187,6 +214,21 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("max_bad_fraction", 1 + 1j, "--max-bad-fraction is (1+1j); give a number"),
     ("max_bad_fraction", 10**400, "; give a number"),
     ("clip", 1, "--clip is 1; give True or False"),
+    (
+        "rescale",
+        "cohort:minmax",
+        "--rescale is 'cohort:minmax'; choose one of: minmax, percentile:LO,HI, win",
+    ),
+    (
+        "rescale",
+        "cohort:percentile:9",
+        "'cohort:percentile:9'; write it as cohort:percentile:LO,HI, with fin",
+    ),
+    ("rescale", ("cohort:percentile", 1, 101), "percentiles are between 0 and 100"),
+    ("rescale_split", 3, "--rescale-split is 3; give the name of a split, or a list of them"),
+    ("rescale_split", "train", "--rescale-split has no effect on --rescale minmax, which does not depend on"),
+    ("rescale_stats", {"channels": []}, "--rescale-stats is {'channels': []}; give a path"),
+    ("rescale_stats", STATISTICS, "--rescale-stats has no effect on --rescale minmax, which does not depend"),
     ("clip", "yes", "--clip is 'yes'; give True or False"),
     ("clip", np.array([True]), "give True or False"),
     ("rescale", 3, "--rescale is 3; choose one of: minmax, percentile:LO,HI, window:LO,HI, zscore, none"),
@@ -415,7 +457,10 @@ def test_a_conflict_names_where_an_option_is_from(study: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rescal = 'zscore'", "{}: unknown option 'rescal'; did you mean rescale or rescale_within?"),
+        (
+            "rescal = 'zscore'",
+            "{}: unknown option 'rescal'; did you mean rescale or rescale_stats or rescale_split?",
+        ),
         ("num-shards = 1\nnum_shards = 1", "{}: num_shards is given twice; give it once"),
         ("workers = true", "{}: --workers is True; give a whole number"),
         ("frames = 1979-05-27", "{}: --frames is datetime.date(1979, 5, 27); choose one of"),

@@ -20,6 +20,7 @@ from apache_beam.transforms.environments import DockerEnvironment, python_sdk_de
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser as options
 from beam_nifti.config import BuildConfig, Sharding
+from beam_nifti.errors import UsageError
 from beam_nifti.pipeline import beam_flags, runners
 from beam_nifti.pipeline.build import open_build, plan_build
 from beam_nifti.pipeline.plan import BuildPlan
@@ -245,18 +246,46 @@ def test_the_template_offers_every_option_of_the_build() -> None:
     assert required == {"manifest", "output", "sdk_container_image"}
 
 
+def help_text(name: str) -> str:
+    """The help of an option on the command line, in the words of a form."""
+    (action,) = [
+        a for command, p in options.commands() if command == "build" for a in p._actions if a.dest == name
+    ]
+    text = re.sub(r"--([a-z-]+)", lambda found: found[1].replace("-", "_"), str(action.help))
+    switch = "true: " if action.nargs == 0 else ""
+    text = f"{switch}{text.replace('%%', '%').rstrip('.')}."
+    return text[0].upper() + text[1:] if action.nargs != 0 else text
+
+
+def test_a_parameter_has_the_help_of_its_option() -> None:
+    own = {"sdk_container_image", "number_of_worker_harness_threads", "manifest", "output"}
+    own |= {"preprocess", "workers"}  # not repeated in a form, and not of the launcher's machine
+    shown = {p["name"]: p["helpText"] for p in metadata() if p["name"] not in own}
+    assert shown == {name: help_text(name) for name in shown}
+
+
 VALUES = {
     "label_column": "age,sex:class",
     "missing_label": "skip",
+    "missing_mask": "empty",
     "rescale": "percentile:0.5,99.5",
     "rescale_within": "nonzero",
     "voxel_dtype": "native",
     "mask_dtype": "uint16",
+    "map_labels": "4=3,10=0",
     "frames": "all",
+    "max_frames": "400",
     "complex": "magnitude",
+    "nonfinite": "value:-1024",
     "preprocess": "lab.brains:strip",
     "orientation": "LPS",
     "spacing": "1,1,1.5",
+    "rescale_split": "train,test",
+    "align": "first",
+    "resize": "16,18,20",
+    "interpolation": "cubic",
+    "mask_interpolation": "linear",
+    "separate_z": "auto",
     "crop_foreground": "above:-1.5",
     "shape": "16,18,20",
     "compression": "none",
@@ -274,6 +303,16 @@ NEEDED = {
     "stratify": {"split": VALUES["split"]},
     "split_seed": {"split": VALUES["split"]},
     "mask_dtype": {"mask_column": "lesion"},
+    "max_frames": {"frames": "each"},
+    "missing_mask": {"mask_column": "lesion"},
+    "map_labels": {"mask_column": "lesion"},
+    "rescale_split": {"rescale": "cohort:zscore"},
+    "rescale_stats": {"rescale": "cohort:zscore"},
+    "align": {"mask_column": "lesion"},
+    "interpolation": {"spacing": "1,1,1"},
+    "mask_interpolation": {"spacing": "1,1,1", "mask_column": "lesion"},
+    "antialias": {"spacing": "1,1,1"},
+    "separate_z": {"spacing": "1,1,1"},
 }
 """Parameters without which another one means nothing."""
 
@@ -299,7 +338,11 @@ def test_a_parameter_is_what_the_parser_takes(
     needed = NEEDED.get(name, {})
     plain, _ = options.parse(launched(**needed))
     given, rest = options.parse(launched(**needed, **{name: value}))
-    build_config(given)
+    if name in ("reference", "rescale_stats"):  # which are read
+        with pytest.raises(UsageError, match=f"--{name.replace('_', '-')}.* cannot be read"):
+            build_config(given)
+    else:
+        build_config(given)
     assert given != plain or f"--{name}={value}" in rest
     if name not in ("manifest", "output"):
         assert options.parse(launched(**needed, **{name: ""}))[0] == plain

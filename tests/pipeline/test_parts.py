@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -269,10 +270,17 @@ def test_a_shard_found_by_several_units_is_not_copied(place: Place) -> None:
     assert place.shard.stat().st_mtime_ns == before.st_mtime_ns
 
 
-@pytest.mark.parametrize("positions", [[0, 1, 2], [0, 1, 2, 3, 4]])
-def test_missing_and_surplus_records_are_refused(place: Place, positions: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("positions", "found"),
+    [
+        ([0, 1, 2], "positions [3] are missing; run"),
+        ([0, 1, 2, 3, 4], "positions [4] are superfluous; run"),
+        ([0, 1, 2, 4], "positions [3] are missing and positions [4] are superfluous; run"),
+    ],
+)
+def test_missing_and_surplus_records_are_refused(place: Place, positions: list[int], found: str) -> None:
     parts = [place.write(positions)]
-    with pytest.raises(ShardError, match="missing"):
+    with pytest.raises(ShardError, match=re.escape(found)):
         place.merge(parts, range(4))
     assert not place.shard.exists()
     assert find_parts(str(place.parts), range(COUNT)) == parts

@@ -956,7 +956,7 @@ def test_one_pipeline_writes_an_output_once(tmp_path: Path) -> None:
 
 
 def test_the_root_of_the_file_system_is_refused() -> None:
-    with pytest.raises(UsageError, match="output is /, the root of the file system; choose a folder below"):
+    with pytest.raises(OutputError, match="output is /, the root of the file system; choose a folder below"):
         beam.Pipeline() | beam.Create([record_of("a")]) | WriteToTFRecord("/")
 
 

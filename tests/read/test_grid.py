@@ -81,6 +81,9 @@ def test_a_grid_of_many_patches_takes_no_memory() -> None:
 def test_overlap_decides_how_many_patches_there_are(dataset: Path) -> None:
     records = bn.Dataset(dataset)
     assert [len(records.grid_patches(0, PATCH, overlap)) for overlap in (0, 0.5, 0.75)] == [18, 60, 280]
+    assert repr(records.grid_patches(0, PATCH, 0)).startswith(
+        f"<PatchGrid of 18 patches of {PATCH} in a volume"
+    )
     assert records.grid_patches(0, PATCH).corners == records.grid_patches(0, PATCH, 0.5).corners
 
 

@@ -230,8 +230,8 @@ def test_ten_thousand_volumes_take_less_than_30_mb(heads: Path, page: Page, tmp_
         (RecordConfig(voxel_dtype="float16"), "rescaled by minmax"),
         (RecordConfig(voxel_dtype="bfloat16"), "rescaled by minmax"),
         (RecordConfig(voxel_dtype="uint8"), "rescaled by minmax"),
-        (RecordConfig(voxel_dtype="native"), "the images' units"),
-        (RecordConfig(rescale="none"), "the images' units"),
+        (RecordConfig(voxel_dtype="native"), "in the images' units"),
+        (RecordConfig(rescale="none"), "in the images' units"),
         (RecordConfig(rescale="zscore"), "rescaled by zscore"),
     ],
 )

@@ -496,5 +496,6 @@ def test_a_store_that_is_only_read(cohort: Path, capsys: pytest.CaptureFixture[s
         (["check", str(cohort), f"--out={url}"], "--out"),
     ):
         assert cli.main([*argv, "--quiet"]) == USAGE
-        remedy = "is read-only; write to the local disk, s3:// or gs://"
+        problem = "not supported" if scheme == "nowhere" else "read-only"
+        remedy = f"is {problem}; write to the local disk, s3:// or gs://"
         assert f"error: {what} is {url}: {scheme}:// {remedy}\n" in capsys.readouterr().err

@@ -413,7 +413,7 @@ def changed(**changes: Any) -> Callable[[Volume], Any]:
         (changed(voxels=np.zeros((2, 2, 2, 2, 2))), r"voxels of shape \(2, 2, 2, 2, 2\)"),
         (changed(voxels=np.zeros((2, 0, 2))), r"voxels of shape \(2, 0, 2\)"),
         (lambda v: dataclasses.replace(v, voxels=v.voxels[::-1]), r"another order; return numpy\.ascont"),
-        (changed(voxels=np.zeros(SHAPE, ">i2")), "in native bytes"),
+        (changed(voxels=np.zeros(SHAPE, ">i2")), "in native byte order"),
         (changed(affine=np.eye(3)), r"return a finite \(4, 4\) array"),
         (changed(affine=np.full((4, 4), np.nan)), r"return a finite \(4, 4\) array"),
         (changed(affine="RAS"), "returned an affine that is a str; return a finite"),

@@ -1,0 +1,81 @@
+"""Gives the records of a dataset the labels, splits and further columns of a changed manifest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pyarrow.compute as pc
+
+from beam_nifti.config import Columns
+from beam_nifti.errors import UsageError
+from beam_nifti.manifest.manifest import Manifest
+from beam_nifti.manifest.reading import read_manifest
+from beam_nifti.pipeline.outputs import refuse_own
+from beam_nifti.pipeline.progress import current_progress
+from beam_nifti.pipeline.rewrite import Rewrite, options_of, pseudonyms_of
+from beam_nifti.pipeline.rewrite_target import end_rewriting, holding
+from beam_nifti.pipeline.withdrawal import refuse_withdrawn
+from beam_nifti.record.dataset_files import FILE_NAME, read_content
+from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.storage import paths as storage
+
+
+def relabel_dataset(
+    output: str,
+    manifest: str,
+    *,
+    rows: bytes | None = None,
+    label_column: str | None = None,
+    missing_label: str | None = None,
+    anonymous_ids: str | None = None,
+    overwrite: bool = False,
+) -> DatasetInfo:
+    """Relabel a dataset, as `beam_nifti.relabel`, which documents arguments and errors.
+
+    `rows` is the Parquet file of a manifest in memory.
+    """
+    content, path = read_content(output), storage.absolute(manifest)
+    info = DatasetInfo.from_json(content, storage.join(output, FILE_NAME))
+    Rewrite.require_rewritable(output, info)
+    refuse_own(path, output)
+    known, splitting = options_of(info)
+    given = {"label": label_column, "missing_label": missing_label}
+    columns = Columns(**vars(known) | {name: text for name, text in given.items() if text is not None})
+    pseudonyms = pseudonyms_of(output, info, anonymous_ids)
+    changed = read_manifest(path, columns, splitting, pseudonyms, content=rows)
+    changed.log_warnings()
+    refuse_withdrawn(changed, info)
+    _require_same_folder(output, info, changed)
+    rewrite = Rewrite(output, content, info, changed, path)
+    finish = replace(rewrite.facts, withdrawn=info.withdrawn, withdrawals=info.withdrawals)
+    if _is_like(finish, info):
+        with holding(output):
+            end_rewriting(output, info)
+        return info
+    rewrite.require_all()
+    with rewrite.opened(overwrite=overwrite):
+        return rewrite.run(finish, current_progress())
+
+
+def _is_like(made: DatasetInfo, info: DatasetInfo) -> bool:
+    """Whether the dataset has the labels, splits and columns already."""
+    return (made.config, made.manifest, made.labels) == (info.config, info.manifest, info.labels)
+
+
+def _require_same_folder(output: str, info: DatasetInfo, manifest: Manifest) -> None:
+    """Refuse a manifest in another folder, whose relative paths would be those of other images."""
+    was, now = (storage.dirname(name) for name in (info.manifest["path"], manifest.name))
+    if was == now:
+        return
+    columns = [manifest.paths[name] for name in manifest.columns.files]
+    are_absolute = all(
+        storage.is_remote(path) or path.startswith("/")
+        for column in columns
+        for path in pc.unique(column).to_pylist()
+    )
+    if manifest.key_check or not are_absolute:
+        where = "another folder" if manifest.key_check else f"{now}, not in {was}"
+        raise UsageError(
+            f"{manifest.path}: is in {where}, and paths of images are relative to the manifest's folder; "
+            "move it there"
+        )
