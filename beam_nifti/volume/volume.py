@@ -35,6 +35,7 @@ from beam_nifti.volume.header import (
 )
 from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, select_voxels, stored_range
 from beam_nifti.volume.mask import load_mask, parse_mask_header
+from beam_nifti.volume.nonfinite import replace_nonfinite
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.resample import Interpolation
 from beam_nifti.volume.rescale import (
@@ -138,9 +139,12 @@ def load_volume(
             voxels = take_voxels(image, layout, record.complex)
         is_computed = header.is_complex or layout.frame == "mean"
         scaling = Scaling() if is_computed else header.scaling
+        num_nonfinite = 0
         if images:
+            if record.align is not None and record.nonfinite is not None:  # before they spread
+                voxels, scaling, (num_nonfinite,) = _made_finite(path, voxels, scaling, record)
             voxels, scaling = _bring_onto(images[0].header, voxels, scaling, header, record)
-        images.append(_LoadedImage(header, voxels, scaling, image.stats))
+        images.append(_LoadedImage(header, voxels, scaling, image.stats, num_nonfinite=num_nonfinite))
     first = images[0]
     mask = _load_mask(row, folder, record, first.header)
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
@@ -186,6 +190,7 @@ class _LoadedImage:
     scaling: Scaling
     stats: FileStats
     mapped: tuple[int, ...] = ()
+    num_nonfinite: int = 0
 
 
 def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
@@ -215,6 +220,7 @@ def _assemble(
     """The volume of these voxels, which were loaded from the files of an example."""
     header, files = images[0].header, [*images, *([mask] if mask else [])]
     dtypes = [image.header.dtype_name for image in images]
+    counts = tuple(image.num_nonfinite for image in images)
     stats, affine = tuple(file.stats for file in files if file.stats), tuple(header.affine.ravel().tolist())
     return Volume(
         row=row,
@@ -225,6 +231,7 @@ def _assemble(
         dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
         source=Source(stats, header.shape, affine),
         mask=mask.voxels if mask else None,
+        num_nonfinite=counts if any(counts) else (),
         mapped_labels=mask.mapped if mask and record.map_labels is not None else None,
         notes=join_notes(file.header.notes for file in files),
         config=record,
@@ -249,6 +256,17 @@ def _bring_onto(
     if is_mask:
         return align_labels(voxels, header.grid, first.grid, how), scaling
     return align_voxels(voxels, scaling, header.grid, first.grid, how)
+
+
+def _made_finite(
+    path: str, voxels: Voxels, scaling: Scaling, record: RecordConfig
+) -> tuple[Voxels, Scaling, tuple[int, ...]]:
+    """As `replace_nonfinite`, of one image."""
+    is_native = record.voxel_dtype == "native"
+    try:
+        return replace_nonfinite(voxels, scaling, record.nonfinite or "", is_native=is_native)
+    except VolumeError as e:
+        raise VolumeError(f"{path}: {e}") from e
 
 
 def _parser(

@@ -444,3 +444,24 @@ def test_a_single_image_has_nothing_to_align() -> None:
     assert not record.prepares  # as it is done where images are loaded
     with pytest.raises(UsageError, match=r"^--separate-z has no effect without --spacing, --resize or"):
         RecordConfig(align="first", separate_z="auto")
+
+
+@pytest.mark.parametrize("kind", ["linear", "cubic"])
+def test_nan_is_replaced_before_it_spreads(tmp_path: Path, kind: str) -> None:
+    """A NaN in an image that is interpolated changes as many voxels as the value that replaces it does."""
+    other = centred((12, 9, 8), tilted("PIR", (1.1, 1.7, 2.9), 31.0), TEMPLATE)
+    cells = pair_of(tmp_path, TEMPLATE, other)
+    voxels = np.random.default_rng(0).normal(50, 9, other.shape).astype(np.float32)
+    voxels[6, 4, 4], voxels[0, 0, 0] = np.nan, np.inf
+    expected = []
+    for image in (voxels, np.nan_to_num(voxels, nan=0, posinf=0)):
+        write_image(tmp_path / cells["T2w"], image, affine=other.affine)
+        record = RecordConfig(
+            channels=("T1w", "T2w"), mask_dtype="uint8", align="first", interpolation=kind, nonfinite="zero"
+        )
+        row = row_of(cells["T1w"], other_files=(cells["T2w"], cells["mask"]))
+        volume = prepare_volume(load_volume(row, str(tmp_path), record=record), record)
+        expected.append(volume)
+    assert np.array_equal(expected[0].voxels, expected[1].voxels)
+    assert np.isfinite(expected[0].voxels).all()
+    assert [volume.num_nonfinite for volume in expected] == [(0, 2), (0, 0)]
