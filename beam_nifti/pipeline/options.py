@@ -39,6 +39,7 @@ from beam_nifti.config import (
 from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.pipeline.statistics_file import Analysis
 from beam_nifti.storage import paths as storage
+from beam_nifti.support import logs
 from beam_nifti.support.cells import as_float, parse_integer, parse_number
 from beam_nifti.support.wording import one_line
 from beam_nifti.volume.user_function import call_of, name_of
@@ -380,13 +381,16 @@ def _read_reference(flag: str, value: object) -> ReferenceGrid:
         except (TypeError, ValueError):
             _refuse(flag, value, wanted)
         return ReferenceGrid(_read_triple(flag, value["shape"], _integer, wanted), affine)
+    from beam_nifti.volume.notes import TEXTS
     from beam_nifti.volume.volume import read_grid  # which loads nibabel
 
     path = storage.absolute(storage.path_text(flag, value))
     try:
-        grid = read_grid(path)
+        grid, notes = read_grid(path)
     except VolumeError as e:
         raise UsageError(f"{flag}: {e}") from e
+    for note in notes:
+        logs.LOGGER.warning("%s: %s: %s", flag, path, TEXTS[note])
     return ReferenceGrid(grid.shape, tuple(grid.affine.ravel().tolist()))
 
 

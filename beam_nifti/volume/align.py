@@ -1,6 +1,6 @@
 """Voxels of one grid at the positions of another one in space: numpy in, numpy out.
 
-Grids with parallel axes are interpolated along these axes, as by `volume.resample`; others slab by slab.
+Grids with parallel axes are interpolated along these axes, as by `volume.resample`; others block by block.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import numpy.typing as npt
 from beam_nifti.volume.grid import AT_EDGE, Affine, Grid, Resampling, match_axes, turn_voxels
 from beam_nifti.volume.label_map import pick_nearest
 from beam_nifti.volume.resample import (
-    REACH,
     SPLINE_ORDERS,
     TRUNCATE,
     Floats,
@@ -30,6 +29,8 @@ from beam_nifti.volume.resample import (
 from beam_nifti.volume.rescale import Scaling, Voxels
 
 _SLAB_VOXELS: Final = 1 << 20
+_BLOCK: Final = 96  # voxels along an axis of a block that is interpolated at once
+_SPLINE_MARGIN: Final = 20  # voxels around it: what lies beyond changes a spline by 4e-12 of it
 _LABEL_VOXELS: Final = 1 << 16
 _SAME_SHARE: Final = 1e-9  # difference of shares that rounding may make
 _Box = tuple[slice, slice, slice]
@@ -109,26 +110,27 @@ def _fill(made: Voxels, value: Any, old: Grid, new: Grid, resampling: Resampling
             slab[_is_beyond(positions, old.shape[axis])] = value
 
 
-def _slabs(old: Grid, new: Grid, margins: npt.NDArray[Any]) -> Iterator[tuple[slice, _Box, Affine]]:
-    """Slices of a new grid, the box of old voxels that they depend on, and the affine from one to the other.
+def _blocks(old: Grid, new: Grid, margins: npt.NDArray[Any]) -> Iterator[tuple[_Box, _Box, Affine]]:
+    """Blocks of a new grid, the old voxels that each depends on, and the affine from the one to the other.
 
     Args:
         old: the old grid.
         new: the new grid.
-        margins: voxels along each old axis that the box has around the positions of the new ones.
+        margins: voxels along each old axis that are needed around the positions of the new ones.
     """
     to_old = np.linalg.inv(old.affine) @ new.affine
     last = np.array(old.shape) - 1
-    for xs in split_slices(new.shape[0], math.prod(new.shape[1:]), _SLAB_VOXELS):
+    along_x, along_y, along_z = (list(split_slices(size, 1, _BLOCK)) for size in new.shape)
+    for block in itertools.product(along_x, along_y, along_z):
         moved = to_old.copy()
-        moved[:3, 3] += to_old[:3, 0] * xs.start
-        ends = (xs.stop - xs.start - 1, new.shape[1] - 1, new.shape[2] - 1)
+        moved[:3, 3] += to_old[:3, :3] @ [part.start for part in block]
+        ends = [part.stop - part.start - 1 for part in block]
         corners = nib.affines.apply_affine(moved, list(itertools.product(*((0, end) for end in ends))))
         first = np.clip(np.floor(corners.min(axis=0)) - margins, 0, last).astype(int)
         stop = np.clip(np.ceil(corners.max(axis=0)) + margins, 0, last).astype(int) + 1
         moved[:3, 3] -= first
         x, y, z = map(slice, first.tolist(), stop.tolist())
-        yield xs, (x, y, z), moved
+        yield block, (x, y, z), moved
 
 
 def _interpolate_oblique(
@@ -139,20 +141,20 @@ def _interpolate_oblique(
     order = SPLINE_ORDERS[how.image]
     factors = np.asarray(new.zooms)[turns[:, 0].astype(int)] / old.zooms
     deviations = np.maximum(0, (factors - 1) / 2) if how.antialias else np.zeros(3)
-    margins = np.ceil(TRUNCATE * deviations) + (REACH if order > 1 else order) + 1
+    margins = np.ceil(TRUNCATE * deviations) + (_SPLINE_MARGIN if order > 1 else order) + 1
     frames = voxels.reshape(*old.shape, -1)
     made = np.empty((*new.shape, frames.shape[3]), np.float32 if order else voxels.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        for xs, box, moved in _slabs(old, new, margins):
+        for block, box, moved in _blocks(old, new, margins):
             for frame in range(frames.shape[3]):
                 part = frames[(*box, frame)]
                 if order:
                     part = scaling.apply(part)
                 if deviations.any():
                     part = ndimage.gaussian_filter(part, deviations, mode="nearest", truncate=TRUNCATE)
-                shape = made[xs].shape[:3]
-                made[xs, ..., frame] = ndimage.affine_transform(
-                    part, moved[:3, :3], moved[:3, 3], shape, order=order, mode="nearest"
+                target = made[(*block, frame)]
+                target[...] = ndimage.affine_transform(
+                    part, moved[:3, :3], moved[:3, 3], target.shape, order=order, mode="nearest"
                 )
     return made.reshape(new.shape + voxels.shape[3:]), Scaling() if order else scaling
 
@@ -161,16 +163,16 @@ def _label_oblique(mask: Voxels, old: Grid, new: Grid, how: Interpolation) -> Vo
     from scipy import ndimage
 
     made = np.empty(new.shape, mask.dtype)
-    for xs, box, moved in _slabs(old, new, np.full(3, 2)):
-        part, matrix, start, shape = mask[box], moved[:3, :3], moved[:3, 3], made[xs].shape
+    for block, box, moved in _blocks(old, new, np.full(3, 2)):
+        part, matrix, start, shape = mask[box], moved[:3, :3], moved[:3, 3], made[block].shape
         if how.mask == "nearest":
-            made[xs] = ndimage.affine_transform(part, matrix, start, shape, order=0, mode="nearest")
+            made[block] = ndimage.affine_transform(part, matrix, start, shape, order=0, mode="nearest")
             continue
         best = np.zeros(shape)
         for label in np.unique(part):
             only = (part == label).astype(np.float64)
             share = ndimage.affine_transform(only, matrix, start, shape, order=1, mode="nearest")
             wins = share >= best - _SAME_SHARE
-            made[xs][wins] = label
+            made[block][wins] = label
             np.maximum(best, share, out=best)
     return made

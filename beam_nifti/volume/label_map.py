@@ -20,6 +20,7 @@ _POSITIONS: Final = 64  # of each label
 _MOST_POSITIONS: Final = 4096  # of all labels; one of each where there are more of those
 _BITS: Final = 16
 _SHARE_BITS: Final = 17  # the product of three shares fits into 52 bits
+_WHOLE: Final = 1 << 3 * _SHARE_BITS  # sum of the weights of eight neighbours
 _GOLDEN: Final = 40503  # 2^16 by the golden ratio: its multiples are spread evenly, however many there are
 
 
@@ -122,21 +123,40 @@ def _mix(mask: Voxels, below: Sequence[Places], above: Sequence[Places], shares:
     # Where all eight neighbours have one label, it is that. Elsewhere each of them adds its weight to those
     # of its label, whatever the number of labels.
     mixed = np.nonzero(least != most)
-    labels, weights = [], []
-    for corner in itertools.product((0, 1), repeat=3):
-        at = tuple((above if up else below)[axis][mixed[axis]] for axis, up in enumerate(corner))
-        labels.append(mask[at])
-        of_axes = (shares[axis][mixed[axis]] for axis in range(3))
-        x, y, z = (
-            share if up else (1 << _SHARE_BITS) - share for share, up in zip(of_axes, corner, strict=True)
-        )
-        weights.append(x * y * z)
+    low, high = least[mixed], most[mixed]
+    labels, weights = _corners(mask, *(list(map(np.take, along, mixed)) for along in (below, above, shares)))
+    is_high = labels == high
+    made[mixed] = np.where(2 * np.sum(weights, axis=0, where=is_high) >= _WHOLE, high, low)
+    several = np.flatnonzero(~(is_high | (labels == low)).all(axis=0))
+    if several.size:
+        made[tuple(axis[several] for axis in mixed)] = _largest_share(labels[:, several], weights[:, several])
+    return made
+
+
+def _corners(
+    mask: Voxels, below: Sequence[Places], above: Sequence[Places], shares: Sequence[Places]
+) -> tuple[Voxels, Places]:
+    """Labels and weights of the eight neighbours of some positions, both (8, positions)."""
+    flat, (_, size_y, size_z) = mask.reshape(-1), mask.shape
+    places = [
+        (below[0] * size_y * size_z, above[0] * size_y * size_z),
+        (below[1] * size_z, above[1] * size_z),
+        (below[2], above[2]),
+    ]
+    weights = [((1 << _SHARE_BITS) - share, share) for share in shares]
+    labels, products = [], []
+    for x, y in itertools.product((0, 1), repeat=2):
+        place, weight = places[0][x] + places[1][y], weights[0][x] * weights[1][y]
+        labels += [flat.take(place + places[2][z]) for z in (0, 1)]
+        products += [weight * weights[2][z] for z in (0, 1)]
+    return np.stack(labels), np.stack(products)
+
+
+def _largest_share(labels: Voxels, weights: Places) -> Voxels:
+    """Of (8, positions) labels, those with the largest sums of weights; of equal sums, the largest label."""
     best, chosen = np.zeros_like(weights[0]), labels[0]
     for label in labels:
-        total = sum(
-            np.where(other == label, weight, 0) for other, weight in zip(labels, weights, strict=True)
-        )
+        total = np.sum(weights, axis=0, where=labels == label)
         wins = (total > best) | ((total == best) & (label > chosen))
         best, chosen = np.where(wins, total, best), np.where(wins, label, chosen)
-    made[mixed] = chosen
-    return made
+    return np.asarray(chosen)

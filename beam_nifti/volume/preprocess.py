@@ -278,6 +278,7 @@ def resize_longest_to(
     volume: Volume, size: int, how: Interpolation = LINEAR, *, each: bool = False
 ) -> Volume:
     """Resample so that the longest axis has `size` voxels, and pad to a cube, as `crop_or_pad`."""
+    _require_grid((size, size, size), volume.voxels.shape[3:], f"--resize-longest {size}")
     resampling = resize_longest(Grid.of(volume.voxels.shape, volume.affine), size)
     resized = _resampled(volume, resampling, how, f"--resize-longest {size}")
     return crop_or_pad(resized, (size, size, size), each=each)

@@ -37,7 +37,7 @@ Source: M. Unser, "Splines: a perfect fit for signal and image processing", IEEE
 (1999), box 2.
 """
 
-REACH: Final = 28  # voxels beyond which no other matters to a coefficient: _POLE^28 is 1e-16
+_REACH: Final = 28  # voxels beyond which no other matters to a coefficient: _POLE^28 is 1e-16
 
 TRUNCATE: Final = 4.0  # standard deviations at which a Gaussian ends, as in scipy.ndimage
 
@@ -187,8 +187,8 @@ def _weighted(weights: sparse.csr_array, rows: slice, slices: Voxels, scaling: S
 def _along_x(axis: _Axis, rows: slice, slices: Voxels, scaling: Scaling) -> Floats:
     """As `_weighted`, by weights of spline coefficients, which are computed from the slices around."""
     chosen = axis.weights[rows]
-    first = max(0, int(chosen.indices.min()) - 2 - REACH)
-    last = min(len(slices), int(chosen.indices.max()) - 1 + REACH)
+    first = max(0, int(chosen.indices.min()) - 2 - _REACH)
+    last = min(len(slices), int(chosen.indices.max()) - 1 + _REACH)
     smoothing = None if axis.smoothing is None else axis.smoothing[first:last]
     part = _Axis(chosen[:, first : last + 4], True, smoothing)
     if smoothing is not None:

@@ -387,13 +387,14 @@ def load_header(
     return replace(headers[0], notes=join_notes([*(header.notes for header in headers), of_frames]))
 
 
-def read_grid(path: str) -> Grid:
-    """The voxel grid of any image, from its header.
+def read_grid(path: str) -> tuple[Grid, tuple[str, ...]]:
+    """The voxel grid of any image, from its header, and keys of `notes.TEXTS` for what to know about it.
 
     Raises:
         VolumeError: the file is missing, or is not an image of a known format.
     """
-    return read_header(path, path, lambda head: parse_header(path, head)).grid
+    header = read_header(path, path, lambda head: parse_header(path, head))
+    return header.grid, header.notes
 
 
 def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:

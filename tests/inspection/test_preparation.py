@@ -64,6 +64,9 @@ def assert_same(output: Path, prepared: bn.PreparedVolume, number: int = 0) -> N
     assert cells["source_affine"] == list(volume.source.affine)
 
 
+REFERENCE = [-2.5, 0.3, 0, 88, 0.3, 2.5, 0, -126, 0, 0, 2, -71, 0, 0, 0, 1]
+
+
 @st.composite
 def preparations(draw: st.DrawFn) -> dict[str, Any]:
     """Options of a build that fit one another."""
@@ -74,12 +77,16 @@ def preparations(draw: st.DrawFn) -> dict[str, Any]:
         "voxel_dtype": draw(st.sampled_from(["float32", "float16", "bfloat16", "uint8", "native"])),
     }
     is_native, is_small = options["voxel_dtype"] == "native", options["voxel_dtype"] == "uint8"
+    resamplings: list[dict[str, Any]] = [{}, {"spacing": (2.5, 3, 2), "interpolation": "nearest"}]
     if not is_native:
-        sizes = [{}, {"spacing": (2.5, 3, 2)}, {"resize": (7, 6, 5)}, {"resize_longest": 9}]
-        options |= (resampling := draw(st.sampled_from(sizes)))
-        if resampling:
-            options["interpolation"] = draw(st.sampled_from([None, "nearest", "cubic"]))
-            options["antialias"] = options["interpolation"] != "nearest" and draw(st.booleans())
+        resamplings += [{"spacing": (2.5, 3, 2)}, {"resize": (7, 6, 9), "interpolation": "cubic"}]
+        resamplings += [
+            {"resize_longest": 7, "antialias": True},
+            {"spacing": (1, 9, 2), "separate_z": "auto"},
+        ]
+        if options["orientation"] is None:
+            resamplings += [{"reference": {"shape": (6, 7, 5), "affine": REFERENCE}}]
+    options |= draw(st.sampled_from(resamplings))
     methods = ["minmax", "percentile:2,98", "window:0,400", "cohort:percentile:2,98"]
     options["rescale"] = draw(st.sampled_from([*methods, *([] if is_small else ["zscore", "none"])]))
     if options["rescale"] not in ("window:0,400", "none"):

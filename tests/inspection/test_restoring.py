@@ -22,6 +22,9 @@ from tests.record.test_version_1 import GOLDEN
 SHAPE = (13, 11, 10)
 TURNED = np.array([[0, -0.6, 0, 31], [0.8, 0, 0, -3], [0, 0, -1.7, 9], [0, 0, 0, 1.0]])
 
+TILTED = np.array([[0.96, -0.28, 0, 65], [0.28, 0.96, 0, -140], [0, 0, 1, -80], [0, 0, 0, 1]])
+"""A grid of small voxels around the first scan, which does not meet the second."""
+
 
 def truth(seed: int = 0) -> npt.NDArray[np.uint8]:
     """Two balls, labels 1 and 2, one in the other."""
@@ -88,8 +91,23 @@ def test_what_the_record_does_not_cover_is_filled(cohort: Path, tmp_path: Path) 
     assert np.array_equal(np.isnan(floats), expected == 9)
 
 
-def test_probabilities_are_interpolated_and_then_compared(cohort: Path, tmp_path: Path) -> None:
-    output = build(cohort, tmp_path / "out", orientation="LAS", spacing=(1.3, 1.1, 1.7), shape=(26, 26, 20))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"orientation": "LAS", "spacing": (1.3, 1.1, 1.7), "shape": (26, 26, 20)},
+        {"resize": (17, 15, 13)},
+        {"orientation": "LAS", "resize_longest": 31, "mask_interpolation": "linear"},
+        {
+            "reference": {"shape": (40, 40, 40), "affine": TILTED},
+            "mask_interpolation": "linear",
+            "max_bad_fraction": 0.5,
+        },
+    ],
+)
+def test_probabilities_are_interpolated_and_then_compared(
+    cohort: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    output = build(cohort, tmp_path / "out", **options)
     record = bn.Dataset(output, columns=["mask"])[0]["mask"]
     probabilities = (record == np.arange(3)).astype(np.float32)
     like = (str(output), "sub-0")

@@ -166,7 +166,7 @@ def test_what_is_at_a_position_stays_there(code: str) -> None:
 
 @pytest.mark.parametrize("degrees", [12.0, 30.0])
 @pytest.mark.parametrize("how", [Interpolation("cubic", "linear", antialias=True), Interpolation("nearest")])
-def test_slabs_together_are_as_the_volume_at_once(
+def test_blocks_together_are_as_the_volume_at_once(
     how: Interpolation, degrees: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grid = centred((40, 30, 20), tilted("LPS", (0.6, 0.6, 1.0), degrees), TEMPLATE)
@@ -174,6 +174,7 @@ def test_slabs_together_are_as_the_volume_at_once(
     mask = np.random.default_rng(1).integers(0, 4, grid.shape).astype(np.uint8)
     made = [align_voxels(values, Scaling(), grid, TEMPLATE, how)[0], align_labels(mask, grid, TEMPLATE, how)]
     monkeypatch.setattr(module, "_SLAB_VOXELS", 1)
+    monkeypatch.setattr(module, "_BLOCK", 3)
     again = [align_voxels(values, Scaling(), grid, TEMPLATE, how)[0], align_labels(mask, grid, TEMPLATE, how)]
     assert np.allclose(made[0], again[0], rtol=0, atol=1e-4)
     assert np.array_equal(made[1], again[1])
@@ -303,6 +304,17 @@ def test_a_reference_must_be_an_image(cohort: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             read_option("reference", tmp_path / name)
+
+
+def test_notes_on_the_header_of_a_reference_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_image(
+        tmp_path / "a.nii", brain(), affine=TEMPLATE.affine, fields={"pixdim": [1, 9, 9, 9, 0, 0, 0, 0]}
+    )
+    read_option("reference", tmp_path / "a.nii")
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(f"--reference: {tmp_path / 'a.nii'}: the voxel sizes in the header")
 
 
 def test_a_dataset_with_a_grid_that_no_image_has_is_refused(run: Run, cohort: Path, tmp_path: Path) -> None:
@@ -444,3 +456,24 @@ def test_a_single_image_has_nothing_to_align() -> None:
     assert not record.prepares  # as it is done where images are loaded
     with pytest.raises(UsageError, match=r"^--separate-z has no effect without --spacing, --resize or"):
         RecordConfig(align="first", separate_z="auto")
+
+
+@pytest.mark.parametrize("kind", ["linear", "cubic"])
+def test_nan_is_replaced_before_it_spreads(tmp_path: Path, kind: str) -> None:
+    """A NaN in an image that is interpolated changes as many voxels as the value that replaces it does."""
+    other = centred((12, 9, 8), tilted("PIR", (1.1, 1.7, 2.9), 31.0), TEMPLATE)
+    cells = pair_of(tmp_path, TEMPLATE, other)
+    voxels = np.random.default_rng(0).normal(50, 9, other.shape).astype(np.float32)
+    voxels[6, 4, 4], voxels[0, 0, 0] = np.nan, np.inf
+    expected = []
+    for image in (voxels, np.nan_to_num(voxels, nan=0, posinf=0)):
+        write_image(tmp_path / cells["T2w"], image, affine=other.affine)
+        record = RecordConfig(
+            channels=("T1w", "T2w"), mask_dtype="uint8", align="first", interpolation=kind, nonfinite="zero"
+        )
+        row = row_of(cells["T1w"], other_files=(cells["T2w"], cells["mask"]))
+        volume = prepare_volume(load_volume(row, str(tmp_path), record=record), record)
+        expected.append(volume)
+    assert np.array_equal(expected[0].voxels, expected[1].voxels)
+    assert np.isfinite(expected[0].voxels).all()
+    assert [volume.num_nonfinite for volume in expected] == [(0, 2), (0, 0)]
