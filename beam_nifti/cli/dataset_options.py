@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from beam_nifti.cli.common_options import (
     Commands,
     add_beam,
@@ -181,7 +183,7 @@ def _add_relabel(commands: Commands) -> None:
         metavar="KEYFILE",
         help="file of the key that the dataset was built with, if its ids are anonymous",
     )
-    add_overwrite(relabel, "an unfinished build in OUTPUT, which is discarded")
+    _add_discard(relabel)
     add_workers(relabel, "; each writes one shard at a time")
     add_quiet(relabel)
     add_summary(relabel)
@@ -210,10 +212,18 @@ def _add_withdraw(commands: Commands) -> None:
         metavar="KEYFILE",
         help="file of the key that the dataset was built with, if its ids are anonymous",
     )
-    add_overwrite(withdraw, "an unfinished build in OUTPUT, which is discarded")
+    _add_discard(withdraw)
     add_workers(withdraw, "; each writes one shard at a time")
     add_quiet(withdraw)
     add_summary(withdraw)
+
+
+def _add_discard(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="discard an unfinished build in OUTPUT; default: it is refused",
+    )
 
 
 def _add_inspect(commands: Commands) -> None:

@@ -170,7 +170,10 @@ def _add_all_images(source: argparse.ArgumentParser) -> None:
     )
 
 
-_OUT_HELP = "file; paths of images below its folder are relative; default: standard output, absolute"
+_OUT_HELP = (
+    "file; paths of images below its folder are relative; default: TSV on standard output, with absolute "
+    "paths"
+)
 
 
 def _add_output(source: argparse.ArgumentParser, out: str = _OUT_HELP, *, is_table: bool = False) -> None:

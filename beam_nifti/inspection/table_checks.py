@@ -274,11 +274,15 @@ def find_strays(files: Collection[str], info: DatasetInfo, written: Collection[s
 
 
 def find_removed(files: Collection[str], info: DatasetInfo) -> Iterator[str]:
-    """Find shards that withdrawals say are removed: files of their names, or shards of the same bytes."""
-    present = {shard.sha256: shard.name for shard in info.shards}
+    """Find shards that withdrawals say are removed: files that are left, or shards of the same bytes."""
+    known, present = (
+        {shard.sha256: shard.name for shard in info.shards},
+        {shard.name for shard in info.shards},
+    )
     for withdrawal in info.withdrawals:
         for shard in withdrawal.shards:
-            name = shard.name if shard.name in files else present.get(shard.sha256)
+            is_left = shard.name in files and shard.name not in present  # a conversion uses names again
+            name = shard.name if is_left else known.get(shard.sha256)
             if name is not None:
                 yield (
                     f"{name}: holds records of withdrawn participants, and is not removed; give the same "

@@ -286,7 +286,7 @@ class Conversion:
             splits={},
             failures=None if failures is None else FAILURES_FILE,
             failures_sha256=None if failures is None else hashlib.sha256(failures).hexdigest(),
-            revision=1,
+            revision=max([1, *(withdrawal.revision for withdrawal in source.withdrawals)]),
             versions=all_versions(),
             format_version=self.config.format_version,
             format_features=self.config.format_features,

@@ -407,6 +407,18 @@ def test_a_converted_dataset(study: Path, tmp_path: Path) -> None:
     assert bn.inspect(tmp_path / "new")["withdrawals"][0]["num_examples"] == 2
 
 
+def test_a_dataset_with_withdrawals_is_converted(study: Path, tmp_path: Path) -> None:
+    earlier = RecordConfig(format_features=("sources", "digests"))
+    old = build_dataset(study, tmp_path / "old", earlier, max_bad_fraction=0.5)
+    before = bn.withdraw(old, "p3", manifest=study, progress=False)
+    info = bn.convert(old, tmp_path / "new", progress=False)
+    assert (info.withdrawn, info.withdrawals) == (before.withdrawn, before.withdrawals)
+    assert {shard.name for shard in before.withdrawals[0].shards} <= {shard.name for shard in info.shards}
+    assert bn.verify(tmp_path / "new", manifest=without(study, ("p3",)))
+    with pytest.raises(bn.ManifestError, match="was withdrawn"):
+        build_dataset(study, tmp_path / "new", max_bad_fraction=0.5)
+
+
 def test_an_object_store(study: Path, dataset: Path) -> None:
     from tests.object_store import MemoryFileSystem
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.config import record as config
+from beam_nifti.config import record as config_of_records
 from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.inspection.record_checks import differ_in_rounding
 from beam_nifti.inspection.verify import ALL, verify_dataset
@@ -134,7 +134,7 @@ def test_another_revision_of_content_is_refused(
     output = tmp_path / "out"
     build(short, output, **SMALL)
     before = RecordConfig().fingerprint
-    monkeypatch.setattr(config, "CONTENT_REVISION", 2)
+    monkeypatch.setattr(config_of_records, "CONTENT_REVISION", 2)
     assert RecordConfig().fingerprint != before
     with pytest.raises(
         OutputError, match="this version of beam-nifti makes different records from the same options"
@@ -148,7 +148,7 @@ def test_a_dataset_of_an_earlier_revision_of_content_is_verified(
     output = tmp_path / "out"
     made = []
     for revision in (1, 2, 3):
-        monkeypatch.setattr(config, "CONTENT_REVISION", revision)
+        monkeypatch.setattr(config_of_records, "CONTENT_REVISION", revision)
         build(short, output / str(revision), **SMALL)
         made.append(read_info(str(output / str(revision))).config["fingerprint"])
     assert len(set(made)) == 3
@@ -157,7 +157,7 @@ def test_a_dataset_of_an_earlier_revision_of_content_is_verified(
     for revision in (1, 2):
         with pytest.raises(UsageError, match="by a version of beam-nifti that makes different records"):
             verify_dataset(str(output / str(revision)), manifest=str(short), deep=1)
-    monkeypatch.setattr(config, "CONTENT_REVISION", 2)
+    monkeypatch.setattr(config_of_records, "CONTENT_REVISION", 2)
     (problem,) = verify_dataset(str(output / "3")).problems
     assert "the fingerprint is" in problem
 

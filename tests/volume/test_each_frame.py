@@ -359,7 +359,7 @@ def test_a_first_image_of_another_length_is_another_dataset(tmp_path: Path) -> N
     manifest, output = write_runs(tmp_path / "c"), tmp_path / "out"
     build_each(manifest, output)
     write_runs(tmp_path / "c", frames=3)
-    with pytest.raises(OutputError, match="the first image had 5 frames, now 3"):
+    with pytest.raises(OutputError, match="the number of frames of the first image was 5, now 3"):
         build_each(manifest, output)
 
 
