@@ -32,6 +32,7 @@ from beam_nifti.pipeline.launch import run_analysis_on, run_build_on
 from beam_nifti.pipeline.runners import Engine
 from beam_nifti.pipeline.statistics_file import Analysis, parse_statistics
 from beam_nifti.pipeline.watcher import Watcher
+from beam_nifti.record.dataset_info import read_info
 from tests.build_helpers import (
     CUTTING_RUNNER,
     LOCAL_RUNNER,
@@ -187,6 +188,23 @@ def test_workers_elsewhere_write_where_the_launcher_reads(
             None,
             Watcher(has_progress=False),
         )
+
+
+def test_a_cohort_on_an_object_store(
+    manifest: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    images = {f"memory://lab/c/{path.name}": (path.read_bytes(), 0.0) for path in manifest.parent.iterdir()}
+    monkeypatch.setattr(MemoryFileSystem, "objects", dict(images))
+    source, output, file = "memory://lab/c/manifest.tsv", "memory://lab/out", "memory://lab/s.json"
+    engine = Engine(make_options(), make_analysis_config(source, {}), is_local=False)
+    assert run_analysis_on(engine, None, file, Watcher(has_progress=False)).statistics == statistics_of(built)
+    assert MemoryFileSystem.objects.keys() - images == {file}
+    with open_build(make_config(source, output, **ZSCORE), measure=measured_by([])) as plan:
+        run_build(plan, make_options())
+    assert read_info(output).record_config.rescale_stats == statistics_of(built)
+    assert not [name for name in MemoryFileSystem.objects if ".build" in name]
 
 
 def test_the_measured_splits_are_those_that_are_named(manifest: Path, tmp_path: Path) -> None:
