@@ -32,6 +32,7 @@ from beam_nifti.pipeline.launch import run_analysis_on, run_build_on
 from beam_nifti.pipeline.runners import Engine
 from beam_nifti.pipeline.statistics_file import Analysis, parse_statistics
 from beam_nifti.pipeline.watcher import Watcher
+from beam_nifti.record.dataset_info import read_info
 from tests.build_helpers import (
     CUTTING_RUNNER,
     LOCAL_RUNNER,
@@ -140,7 +141,6 @@ def test_percentiles_of_integers_are_those_of_numpy(tmp_path: Path) -> None:
     "engine",
     [
         {"workers": 4},
-        {"runner": CUTTING_RUNNER},
         {"runner": CUTTING_RUNNER, "workers": 4},
     ],
 )
@@ -187,6 +187,23 @@ def test_workers_elsewhere_write_where_the_launcher_reads(
             None,
             Watcher(has_progress=False),
         )
+
+
+def test_a_cohort_on_an_object_store(
+    manifest: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.object_store import MemoryFileSystem
+
+    images = {f"memory://lab/c/{path.name}": (path.read_bytes(), 0.0) for path in manifest.parent.iterdir()}
+    monkeypatch.setattr(MemoryFileSystem, "objects", dict(images))
+    source, output, file = "memory://lab/c/manifest.tsv", "memory://lab/out", "memory://lab/s.json"
+    engine = Engine(make_options(), make_analysis_config(source, {}), is_local=False)
+    assert run_analysis_on(engine, None, file, Watcher(has_progress=False)).statistics == statistics_of(built)
+    assert MemoryFileSystem.objects.keys() - images == {file}
+    with open_build(make_config(source, output, **ZSCORE), measure=measured_by([])) as plan:
+        run_build(plan, make_options())
+    assert read_info(output).record_config.rescale_stats == statistics_of(built)
+    assert not [name for name in MemoryFileSystem.objects if ".build" in name]
 
 
 def test_the_measured_splits_are_those_that_are_named(manifest: Path, tmp_path: Path) -> None:
@@ -315,8 +332,6 @@ def test_unusual_volumes_are_named(tmp_path: Path) -> None:
     assert [(v.row, v.example_id, v.channel) for v in found.unusual] == [(5, "sub-0004", "")]
     assert found.unusual[0].mean == pytest.approx(9 * mean, rel=1e-12)
     assert f"unusual       row 5 (sub-0004): mean {9 * mean:.6g}" in str(found)
-    other = measure_in(tmp_path / "o.json", manifest, options, runner=CUTTING_RUNNER, workers=2)
-    assert other.to_json() == found.to_json()
     assert parse_statistics(found.to_json()).unusual == found.unusual
     fewer = write_cohort(tmp_path / "c", 19)
     write_image(manifest.parent / name_of(4), 9 * brain(seed=4))
@@ -412,11 +427,8 @@ def test_a_build_rescales_all_volumes_by_the_statistics_of_the_training_images(
     assert not (built / ".build").exists()
 
 
-@pytest.mark.parametrize("engine", [{"workers": 4}, {"runner": CUTTING_RUNNER}])
-def test_the_bytes_depend_on_no_runner(
-    manifest: Path, built: Path, tmp_path: Path, engine: dict[str, Any]
-) -> None:
-    build(manifest, tmp_path / "out", **engine)
+def test_the_bytes_depend_on_no_runner(manifest: Path, built: Path, tmp_path: Path) -> None:
+    build(manifest, tmp_path / "out", workers=4, runner=CUTTING_RUNNER)
     assert contents(tmp_path / "out") == contents(built)
     assert statistics_of(tmp_path / "out") == statistics_of(built)
 
@@ -461,12 +473,9 @@ def test_appended_volumes_are_rescaled_by_the_frozen_statistics(tmp_path: Path) 
     assert statistics_of(tmp_path / "out") == statistics_of(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("within", [None, "nonzero"])
-def test_volumes_far_from_the_cohort_are_counted(
-    tmp_path: Path, run: Callable[..., str], within: str | None
-) -> None:
+def test_volumes_far_from_the_cohort_are_counted(tmp_path: Path, run: Callable[..., str]) -> None:
     manifest, output = write_cohort(tmp_path / "c", 20), tmp_path / "out"
-    flags = ["--rescale=cohort:zscore", *([f"--rescale-within={within}"] if within else [])]
+    flags = ["--rescale=cohort:zscore", "--rescale-within=nonzero"]
     assert "warning" not in run("build", manifest, output, *flags)
     write_cohort(tmp_path / "c", 2, first=20)
     write_image(tmp_path / "c" / name_of(21), 7 * brain(seed=9))
@@ -565,12 +574,12 @@ BEFORE_THE_PLAN = 52
 """Operations on files of OUTPUT until the plan is saved; the statistics are written in the middle."""
 
 
-@pytest.mark.parametrize("moment", range(6))
+@pytest.mark.parametrize("moment", range(4))
 def test_a_build_killed_at_any_moment_ends_with_the_same_statistics(
     manifest: Path, built: Path, tmp_path: Path, operations: int, moment: int
 ) -> None:
-    first, last = BEFORE_THE_PLAN * moment // 4, BEFORE_THE_PLAN * (moment + 1) // 4
-    if moment > 3:
+    first, last = BEFORE_THE_PLAN * moment // 3, BEFORE_THE_PLAN * (moment + 1) // 3
+    if moment == 3:
         first, last = BEFORE_THE_PLAN, operations
     kill_at = random.Random(moment).randrange(first + 1, last + 1)
     output = tmp_path / "out"
