@@ -17,7 +17,7 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.typehints import typehints
 
 from beam_nifti.pipeline.build import open_build, plan_build
-from beam_nifti.pipeline.failures import Failure
+from beam_nifti.pipeline.failures import Absence, Failure
 from beam_nifti.pipeline.parts import Part
 from beam_nifti.pipeline.plan import ShardTask, WorkUnit
 from beam_nifti.pipeline.records import Record
@@ -142,7 +142,7 @@ def test_the_cutting_runner_cuts_before_every_step(manifest: Path, tmp_path: Pat
 
 # 2: only rows and part records cross a shuffle
 
-MAY_CROSS = {None, str, WorkUnit, ShardTask, Part, Failure, ShardOutcome}
+MAY_CROSS = {None, str, WorkUnit, ShardTask, Part, Failure, Absence, ShardOutcome}
 
 
 def leaves(hint: Any) -> Iterable[Any]:

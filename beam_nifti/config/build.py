@@ -122,6 +122,8 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
         mask_dtype = record.mask_dtype or MASK_DTYPES[0]
         within = {"--rescale-within": record.rescale_within, "--crop-foreground": record.crop_foreground}
         for flag, rule in within.items():
+            if record.is_of_cohort and flag == "--rescale-within":
+                continue  # other volumes have labelled voxels
             if rule == "mask" and columns.missing_mask == "empty":
                 raise UsageError(
                     f"--missing-mask empty makes masks without a label, for which {flag} mask fails; use "

@@ -11,6 +11,7 @@ import apache_beam as beam
 import numpy as np
 import pytest
 
+import beam_nifti as bn
 from beam_nifti.config import BuildConfig, Columns, RecordConfig
 from beam_nifti.errors import DatasetError, ManifestError, UsageError
 from beam_nifti.inspection.verify import ALL, verify_dataset
@@ -205,6 +206,16 @@ def test_an_index_with_fewer_files_than_the_option_allows(tmp_path: Path) -> Non
 def test_refusals(columns: dict[str, str], record: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         BuildConfig("m.tsv", "out", RecordConfig(**record), Columns(**columns))
+
+
+def test_the_statistics_of_a_cohort_within_masks_do_not_need_every_mask(tmp_path: Path) -> None:
+    manifest, output = cohort(tmp_path / "c"), tmp_path / "out"
+    options: dict[str, Any] = {"rescale": "cohort:zscore", "rescale_within": "mask", "missing_mask": "empty"}
+    bn.build(manifest, output, mask_column="lesion", progress=False, **options)
+    inside = np.concatenate([brain(SHAPE, i)[mask(i) > 0] for i in (0, 2)]).astype(np.float64)
+    first = Dataset(output)[1]["image"][..., 0]
+    assert np.allclose(first, (brain(SHAPE, 1) - inside.mean()) / inside.std(), atol=1e-5)
+    assert bn.verify(output, manifest=manifest, deep="all")
 
 
 @pytest.mark.parametrize("given", ["zero", 1, None])
