@@ -42,7 +42,7 @@ EXCLUSIVE: Final = (
     *(("spacing", "resize"), ("resize", "resize_longest"), ("reference", "spacing")),
     *(("reference", "resize"), ("reference", "resize_longest"), ("orientation", "reference")),
 )
-"""Pairs of options of which only one decides."""
+"""Pairs of options that cannot be combined."""
 
 INTERPOLATIONS: Final = ("linear", "nearest", "cubic")
 MASK_INTERPOLATIONS: Final = ("nearest", "linear")
@@ -163,6 +163,7 @@ def check_resampling(given: Mapping[str, Any]) -> None:
     ):
         if given[name] is not None:
             choose(_flag(name), given[name], choices)
+    given = {name: None if value is False or value == "never" else value for name, value in given.items()}
     for name, needed in RESAMPLING_DETAILS.items():
         if given[name] is not None and all(given[other] is None for other in needed):
             raise UsageError(
@@ -174,7 +175,7 @@ def check_resampling(given: Mapping[str, Any]) -> None:
             "their voxels; drop one of them"
         )
     is_nearest = given["interpolation"] == "nearest" and given["mask_interpolation"] in (None, "nearest")
-    if given["separate_z"] == "auto" and is_nearest:
+    if given["separate_z"] is not None and is_nearest:
         raise UsageError(
             "--separate-z auto has no effect with --interpolation nearest, by which all axes are resampled; "
             "drop it"

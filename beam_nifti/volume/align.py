@@ -22,6 +22,7 @@ from beam_nifti.volume.resample import (
     TRUNCATE,
     Floats,
     Interpolation,
+    gaussian,
     resample_labels,
     resample_voxels,
     split_slices,
@@ -150,8 +151,8 @@ def _interpolate_oblique(
                 part = frames[(*box, frame)]
                 if order:
                     part = scaling.apply(part)
-                if deviations.any():
-                    part = ndimage.gaussian_filter(part, deviations, mode="nearest", truncate=TRUNCATE)
+                for axis in np.flatnonzero(deviations):
+                    part = ndimage.correlate1d(part, gaussian(deviations[axis]), axis, mode="nearest")
                 target = made[(*block, frame)]
                 target[...] = ndimage.affine_transform(
                     part, moved[:3, :3], moved[:3, 3], target.shape, order=order, mode="nearest"

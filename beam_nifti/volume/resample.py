@@ -229,7 +229,8 @@ def spline_weights(size: int, positions: Floats) -> sparse.csr_array:
     below = np.clip(np.floor(places), -1, size - 1)
     t = places - below
     u = 1 - t
-    shares = [u**3 / 6, (4 - 3 * t * t * (2 - t)) / 6, (4 - 3 * u * u * (2 - u)) / 6, t**3 / 6]
+    # Products, as the last bit of numpy's powers depends on the processor.
+    shares = [u * u * u / 6, (4 - 3 * t * t * (2 - t)) / 6, (4 - 3 * u * u * (2 - u)) / 6, t * t * t / 6]
     return _sparse_rows(np.stack(shares), below + 1 + np.arange(4)[:, np.newaxis], size + 4)
 
 
@@ -240,11 +241,21 @@ def smoothing_weights(size: int, deviation: float) -> sparse.csr_array:
         size: voxels in the line.
         deviation: standard deviation in voxels, above 0.
     """
-    radius = int(TRUNCATE * deviation + 0.5)
-    offsets = np.arange(-radius, radius + 1)
-    shares = np.exp(-0.5 * (offsets / deviation) ** 2)
+    shares = gaussian(deviation)
+    offsets = np.arange(len(shares)) - len(shares) // 2
     columns = np.clip(np.arange(size) + offsets[:, np.newaxis], 0, size - 1)
-    return _sparse_rows(np.tile((shares / shares.sum())[:, np.newaxis], size), columns, size)
+    return _sparse_rows(np.tile(shares[:, np.newaxis], size), columns, size)
+
+
+def gaussian(deviation: float) -> Floats:
+    """The weights of a Gaussian around its middle, which sum to 1, up to four standard deviations.
+
+    They are rounded to 2^-40, so that the last bit of an exponential, which depends on the processor, makes
+    no difference.
+    """
+    radius = int(TRUNCATE * deviation + 0.5)
+    shares = [math.exp(-0.5 * (offset / deviation) ** 2) for offset in range(-radius, radius + 1)]
+    return np.rint(np.ldexp(np.array(shares) / math.fsum(shares), 40)) / (1 << 40)
 
 
 def _sparse_rows(shares: Floats, columns: Floats, size: int) -> sparse.csr_array:

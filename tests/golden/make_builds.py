@@ -43,6 +43,19 @@ BUILDS: Final[dict[str, dict[str, Any]]] = {
         "rescale": "window:-5,500",
     },
     "each frame": {"columns": {"path": "frames"}, "frames": "each", "shuffle_seed": 3},
+    "resized, mask": {
+        "columns": {"path": "path", "mask": "mask"},
+        "resize": (8, 4, 5),
+        "mask_interpolation": "linear",
+    },
+    "cubic, smoothed": {"spacing": (3, 1.5, 4), "interpolation": "cubic", "antialias": True},
+    "reference": {
+        "columns": {"path": "path", "mask": "mask"},
+        "reference": {
+            "shape": (5, 6, 5),
+            "affine": (0, -1.7, 0, 88, 1.7, 0, 0, -125, 0, 0, 2, -71, 0, 0, 0, 1),
+        },
+    },
     "pseudonyms": {
         "anonymous_ids": "key",
         "columns": {"path": "path,frames", "mask": "mask"},

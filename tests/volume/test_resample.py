@@ -411,6 +411,7 @@ def test_the_grids_end_before_one_that_voxels_determine() -> None:
             "--antialias smooths images before they are interpolated, but --interpolation nearest keeps",
         ),
         ({"separate_z": "always", "spacing": (1, 1, 1)}, "--separate-z is 'always'; choose one of: never"),
+        ({"interpolation": "cubic", "align": "never"}, "--interpolation has no effect without --align, "),
         ({"separate_z": "auto"}, "--separate-z has no effect without --spacing"),
         (
             {"separate_z": "auto", "spacing": (1, 1, 1), "interpolation": "nearest"},
@@ -450,6 +451,7 @@ def test_the_defaults_are_those_of_datasets_without_these_options() -> None:
     plain = RecordConfig(spacing=(1, 1, 1))
     assert RecordConfig(spacing=(1, 1, 1), interpolation="linear", mask_interpolation="nearest") == plain
     assert RecordConfig(spacing=(1, 1, 1), antialias=False, separate_z="never") == plain
+    assert RecordConfig(antialias=False, separate_z="never", align="never") == RecordConfig()
     others = [
         RecordConfig(spacing=(1, 1, 1), **{name: value})  # type: ignore[arg-type]
         for name, value in (
