@@ -6,105 +6,47 @@ thread.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, SupportsIndex, TypeAlias, TypeVar, cast
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final, Literal, SupportsIndex
 
-from beam_nifti.errors import BeamNiftiError, UsageError, printable
-from beam_nifti.pipeline.watcher import LogWatcher, Watcher
+from beam_nifti.errors import UsageError
+from beam_nifti.pipeline.python_calls import (
+    BeamOptions,
+    ManifestTable,
+    Path,
+    callable_from_python,
+    configure,
+    dataset_path,
+    engine_for,
+    flags_for,
+    path_of,
+    rows_of,
+    text_of,
+    watcher_of,
+)
+from beam_nifti.pipeline.watcher import Watcher
 from beam_nifti.storage import paths as storage
-from beam_nifti.support import logs
-from beam_nifti.support.process import ForkGuard, count_cores, require_modules
-from beam_nifti.support.wording import one_line
+from beam_nifti.support.process import count_cores, require_modules
 
 if TYPE_CHECKING:
     from typing import Unpack
 
-    import pandas as pd
-    import pyarrow as pa
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    from beam_nifti.config import BuildConfig
     from beam_nifti.inspection.description import Description
     from beam_nifti.inspection.diff import Difference
     from beam_nifti.inspection.extract import StoredVolume
     from beam_nifti.inspection.verify import Verification
     from beam_nifti.pipeline.options import BuildOptions, Preprocess
-    from beam_nifti.pipeline.runners import Engine
     from beam_nifti.pipeline.statistics_file import Analysis
     from beam_nifti.pipeline.survey import Survey
     from beam_nifti.record.dataset_info import DatasetInfo
     from beam_nifti.reporting.report import ReportSummary
 
-Path: TypeAlias = "str | os.PathLike[str]"
-ManifestTable: TypeAlias = "Path | pd.DataFrame | pa.Table | Iterable[Mapping[str, Any]]"
-"""A path or URL; or a table, whose relative image paths are relative to the working directory."""
-
-BeamOptions: TypeAlias = "PipelineOptions | Mapping[str, Any] | Sequence[str] | None"
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-_FLAGS: Final = re.compile(r"(?<![\w-])--(manifest|deep|pictures|out|like|config|runner)(?![\w-])")
-"""Flags that are parameters of these functions, besides the options of a build."""
-
-_BEAM: Final = ForkGuard()
 _KEY: Final = "the key of --anonymous-ids"
 _NO_OUT: Final = "--out is missing; give a path that the workers can write to, such as gs://my-bucket/{}"
 
 
-def _in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Adapt a function for calls from Python; calls from the command line are not changed.
-
-    Errors, records of the log and the sentences of results name parameters instead of flags and show control
-    characters as Python writes them, and the logging of the calling program is not changed.
-    """
-
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        if isinstance(kwargs.get("progress"), Watcher):
-            return function(*args, **kwargs)
-        try:
-            with logs.unconfigured(), _rewording_logs():
-                result: Any = function(*args, **kwargs)
-            return cast("_T", result.reworded(_as_parameters) if hasattr(result, "reworded") else result)
-        except BeamNiftiError as e:
-            from beam_nifti.pipeline.parameters import OUTPUT
-
-            e.reword(lambda text: OUTPUT.sub("output", _as_parameters(text)))
-            raise
-
-    return call
-
-
-@logs.shared
-@contextlib.contextmanager
-def _rewording_logs() -> Iterator[None]:
-    def reword(record: logging.LogRecord) -> bool:
-        record.msg, record.args = _as_parameters(record.getMessage()), ()
-        return True
-
-    logs.LOGGER.addFilter(reword)
-    try:
-        yield
-    finally:
-        logs.LOGGER.removeFilter(reword)
-
-
-def _as_parameters(text: str) -> str:
-    from beam_nifti.manifest.in_memory import NAME
-    from beam_nifti.pipeline.parameters import as_parameters
-
-    text = text.replace(storage.absolute(NAME), "the table in memory")
-    return printable(_FLAGS.sub(r"\1", as_parameters(text)))
-
-
-@_in_python
+@callable_from_python
 def build(
     manifest: ManifestTable,
     output: Path,
@@ -168,18 +110,18 @@ def build(
     from beam_nifti.pipeline.launch import run_build_on, run_dry
     from beam_nifti.pipeline.options import read_switch
 
-    watcher, is_dry = _watcher(progress), read_switch("dry_run", dry_run)
-    flags = _flags(runner, pipeline_options, watcher)
+    watcher, is_dry = watcher_of(progress), read_switch("dry_run", dry_run)
+    flags = flags_for(runner, pipeline_options, watcher)
     target = storage.path_text("output", output)
     making = functools.partial(make_config, output=target)
-    wanted, rows = _configure(manifest, making, options, config, like, flags, watcher)
+    wanted, rows = configure(manifest, making, options, config, like, flags, watcher)
     if is_dry and not flags:  # sooner, as it needs no Beam
         return run_dry(wanted, rows, watcher)
-    engine = _engine(wanted, flags, watcher)
+    engine = engine_for(wanted, flags, watcher)
     return run_dry(engine.config, rows, watcher) if is_dry else run_build_on(engine, rows, watcher)
 
 
-@_in_python
+@callable_from_python
 def check(
     manifest: ManifestTable,
     *,
@@ -216,12 +158,12 @@ def check(
     from beam_nifti.pipeline.configure import make_config
     from beam_nifti.pipeline.outputs import require_ending, require_out
 
-    report, watcher = _text("out", out), _watcher(progress)
+    report, watcher = text_of("out", out), watcher_of(progress)
     require_ending(report, ".json")
-    flags = _flags(runner, pipeline_options, watcher)
+    flags = flags_for(runner, pipeline_options, watcher)
     making = functools.partial(make_config, output=report or "")
-    wanted, rows = _configure(manifest, making, options, config, like, flags, watcher)
-    engine = _engine(wanted, flags, watcher)
+    wanted, rows = configure(manifest, making, options, config, like, flags, watcher)
+    engine = engine_for(wanted, flags, watcher)
     if not engine.is_local and report is None:
         raise UsageError(_NO_OUT.format("check.json"))
     if report is not None:
@@ -232,7 +174,7 @@ def check(
     return run_check_on(engine, rows, report, watcher)
 
 
-@_in_python
+@callable_from_python
 def analyze(
     manifest: ManifestTable,
     *,
@@ -274,11 +216,11 @@ def analyze(
     from beam_nifti.pipeline.configure import make_analysis_config
     from beam_nifti.pipeline.outputs import require_ending, require_out
 
-    path, watcher = _text("out", out), _watcher(progress)
+    path, watcher = text_of("out", out), watcher_of(progress)
     require_ending(path, ".json")
-    flags = _flags(runner, pipeline_options, watcher)
-    wanted, rows = _configure(manifest, make_analysis_config, options, config, like, flags, watcher)
-    engine = _engine(wanted, flags, watcher)
+    flags = flags_for(runner, pipeline_options, watcher)
+    wanted, rows = configure(manifest, make_analysis_config, options, config, like, flags, watcher)
+    engine = engine_for(wanted, flags, watcher)
     if engine.is_template:
         raise UsageError("--template-location is for build only: statistics are read when a job has ended")
     if not engine.is_local and path is None:
@@ -291,7 +233,7 @@ def analyze(
     return run_analysis_on(engine, rows, path, watcher)
 
 
-@_in_python
+@callable_from_python
 def verify(
     dataset: Path,
     *,
@@ -330,10 +272,10 @@ def verify(
     from beam_nifti.pipeline.progress import current_progress, no_progress, show_progress
     from beam_nifti.record.dataset_info import read_info
 
-    watcher = _watcher(progress)
+    watcher = watcher_of(progress)
     num_workers = count_cores() if workers is None else read_integer("--workers", workers)
-    output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
-    path, rows = (None, None) if manifest is None else (_path_of(manifest), _rows_of(manifest, key))
+    output, key = dataset_path(dataset), text_of("anonymous_ids", anonymous_ids)
+    path, rows = (None, None) if manifest is None else (path_of(manifest), rows_of(manifest, key))
     info = read_info(output)
     watcher.on_dataset(info)
     with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
@@ -349,7 +291,7 @@ def verify(
         )
 
 
-@_in_python
+@callable_from_python
 def convert(
     old: Path,
     output: Path,
@@ -382,9 +324,9 @@ def convert(
     from beam_nifti.pipeline.options import read_integer
     from beam_nifti.pipeline.progress import no_progress, show_progress
 
-    watcher = _watcher(progress)
+    watcher = watcher_of(progress)
     num_workers = count_cores() if workers is None else read_integer("--workers", workers)
-    conversion = Conversion.of(_dataset(old, "old"), _dataset(output, "output"))
+    conversion = Conversion.of(dataset_path(old, "old"), dataset_path(output, "output"))
     total = conversion.source.num_examples
     watcher.on_dataset(conversion.source)
     with show_progress(total, unit="record") if watcher.has_progress else no_progress():
@@ -393,7 +335,7 @@ def convert(
     return info
 
 
-@_in_python
+@callable_from_python
 def withdraw(
     dataset: Path,
     participants: str | Iterable[str],
@@ -436,11 +378,11 @@ def withdraw(
     from beam_nifti.pipeline.withdrawal import withdraw_people
     from beam_nifti.record.dataset_info import read_info
 
-    watcher = _watcher(progress)
+    watcher = watcher_of(progress)
     num_workers = count_cores() if workers is None else read_integer("--workers", workers)
-    output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
+    output, key = dataset_path(dataset), text_of("anonymous_ids", anonymous_ids)
     names = [participants] if isinstance(participants, str) else [*participants]
-    path, rows = _path_of(manifest), _rows_of(manifest, key)
+    path, rows = path_of(manifest), rows_of(manifest, key)
     info = read_info(output)
     watcher.on_dataset(info)
     with show_progress(info.num_examples, unit="record") if watcher.has_progress else no_progress():
@@ -449,7 +391,7 @@ def withdraw(
         )
 
 
-@_in_python
+@callable_from_python
 def relabel(
     dataset: Path,
     manifest: ManifestTable,
@@ -491,10 +433,10 @@ def relabel(
     from beam_nifti.pipeline.relabeling import relabel_dataset
     from beam_nifti.record.dataset_info import read_info
 
-    watcher = _watcher(progress)
+    watcher = watcher_of(progress)
     num_workers = count_cores() if workers is None else read_integer("--workers", workers)
-    output, key = _dataset(dataset), _text("anonymous_ids", anonymous_ids)
-    path, rows = _path_of(manifest), _rows_of(manifest, key)
+    output, key = dataset_path(dataset), text_of("anonymous_ids", anonymous_ids)
+    path, rows = path_of(manifest), rows_of(manifest, key)
     labels = label_column if label_column is None or isinstance(label_column, str) else ",".join(label_column)
     info = read_info(output)
     watcher.on_dataset(info)
@@ -511,7 +453,7 @@ def relabel(
         )
 
 
-@_in_python
+@callable_from_python
 def inspect(dataset: Path, record: str | None = None) -> Description:
     """Describe a dataset or one of its records, from dataset_info.json and the indexes.
 
@@ -527,11 +469,11 @@ def inspect(dataset: Path, record: str | None = None) -> Description:
     """
     from beam_nifti.inspection.description import Description, describe_dataset, describe_record
 
-    path = _dataset(dataset)
+    path = dataset_path(dataset)
     return Description(describe_dataset(path) if record is None else describe_record(path, record))
 
 
-@_in_python
+@callable_from_python
 def diff(before: Path, after: Path) -> Difference:
     """Compare two datasets by dataset_info.json and the indexes.
 
@@ -547,10 +489,10 @@ def diff(before: Path, after: Path) -> Difference:
     """
     from beam_nifti.inspection.diff import compare_datasets
 
-    return compare_datasets(_dataset(before, "before"), _dataset(after, "after"))
+    return compare_datasets(dataset_path(before, "before"), dataset_path(after, "after"))
 
 
-@_in_python
+@callable_from_python
 def extract(dataset: Path, example_id: str) -> StoredVolume:
     """Read the volume of one record, in the image's units.
 
@@ -566,10 +508,10 @@ def extract(dataset: Path, example_id: str) -> StoredVolume:
     """
     from beam_nifti.inspection.extract import read_volume
 
-    return read_volume(_dataset(dataset), example_id)
+    return read_volume(dataset_path(dataset), example_id)
 
 
-@_in_python
+@callable_from_python
 def report(
     dataset: Path,
     out: Path | None = None,
@@ -608,17 +550,17 @@ def report(
     from beam_nifti.pipeline.outputs import require_ending
     from beam_nifti.record.dataset_info import read_info
 
-    page = _text("out", out) or "report.html"
+    page = text_of("out", out) or "report.html"
     require_ending(page, ".html")
     require_modules("jinja2", "matplotlib", "PIL")
-    watcher = _watcher(progress)
-    flags = _flags(runner, pipeline_options, watcher)
+    watcher = watcher_of(progress)
+    flags = flags_for(runner, pipeline_options, watcher)
     if (num_pictures := read_integer("--pictures", pictures)) < 0:
         raise UsageError(f"--pictures is {num_pictures}; it must be at least 0")
     # As engines know it: without a manifest, and with an output that workers must reach.
     threads = None if workers is None else read_integer("--workers", workers)
-    config = BuildConfig(manifest="", output=_dataset(dataset), workers=threads)
-    engine = _engine(config, flags, watcher)
+    config = BuildConfig(manifest="", output=dataset_path(dataset), workers=threads)
+    engine = engine_for(config, flags, watcher)
     if engine.is_template:
         raise UsageError("--template-location is for build only: a report is made when its job has ended")
     if not engine.is_local and out is None:
@@ -630,86 +572,3 @@ def report(
     info = read_info(config.output)
     with running(engine, watcher, info.num_examples, "record", "the report stopped"):
         return write_report(config.output, info, page, engine.options, num_pictures=num_pictures)
-
-
-def _watcher(progress: bool | Watcher) -> Watcher:
-    if isinstance(progress, Watcher):
-        return progress
-    from beam_nifti.pipeline.options import read_switch
-
-    return LogWatcher(has_progress=read_switch("progress", progress))
-
-
-def _flags(runner: str | None, options: BeamOptions, watcher: Watcher) -> list[str]:
-    """Beam's flags, with underscores."""
-    if not isinstance(runner, str | None):
-        raise UsageError(f"--runner is {one_line(repr(runner))}; give its name, such as 'FlinkRunner'")
-    flags = [] if runner is None else [f"--runner={runner}"]
-    if options is None or options == []:
-        return flags  # without loading Beam
-    if not isinstance(options, list):
-        watcher.load_beam()
-    from beam_nifti.pipeline.beam_flags import flags_of
-
-    return [*flags, *flags_of(options)]
-
-
-def _engine(config: BuildConfig, flags: Sequence[str], watcher: Watcher) -> Engine:
-    if not _BEAM.enter():
-        raise UsageError(
-            "this process was forked from one that has run Apache Beam, which would hang here; start it with "
-            'multiprocessing.get_context("spawn")'
-        )
-    watcher.load_beam()
-    from beam_nifti.pipeline.beam_flags import choose_engine
-
-    engine = choose_engine(config, flags, watcher)
-    watcher.on_engine(engine)
-    return engine
-
-
-def _configure(
-    manifest: ManifestTable,
-    make: Callable[..., BuildConfig],
-    options: BuildOptions,
-    config: Path | None,
-    like: Path | None,
-    flags: Sequence[str],
-    watcher: Watcher,
-) -> tuple[BuildConfig, bytes | None]:
-    """The configuration of a build, and the rows of a manifest that is no file, as a Parquet file."""
-    if flags and not (config is None and like is None and options.get("rescale_stats") is None):
-        watcher.load_beam()
-        from beam_nifti.pipeline.beam_flags import set_stores
-
-        set_stores(flags)
-    file, dataset = _text("config", config), _text("like", like)
-    wanted = make(_path_of(manifest), given=options, config=file, like=dataset)
-    rows = _rows_of(manifest, wanted.anonymous_ids)
-    return wanted if rows is None else replace(wanted, rows=""), rows
-
-
-def _path_of(manifest: ManifestTable) -> str:
-    """The path of a manifest; of one that is no file, the one that it would have."""
-    if isinstance(manifest, str | os.PathLike):
-        return storage.path_text("manifest", manifest)
-    from beam_nifti.manifest.in_memory import NAME
-
-    return NAME
-
-
-def _rows_of(manifest: ManifestTable, anonymous_ids: str | None) -> bytes | None:
-    """The rows of a manifest that is no file, as a Parquet file; with anonymous ids errors show no cell."""
-    if isinstance(manifest, str | os.PathLike):
-        return None
-    from beam_nifti.manifest.in_memory import parquet_of
-
-    return parquet_of(manifest, hides_cells=anonymous_ids is not None)
-
-
-def _text(name: str, path: Path | None) -> str | None:
-    return None if path is None else storage.path_text(name, path)
-
-
-def _dataset(path: Path, name: str = "dataset") -> str:
-    return storage.absolute(storage.path_text(name, path))

@@ -41,6 +41,7 @@ ONLY_IMPORTERS = {
     },
     "apache_beam": {
         "pipeline.coders",
+        "pipeline.composable",
         "pipeline.steps",
         "pipeline.transforms",
         "storage.beam_files",

@@ -20,6 +20,7 @@ from beam_nifti.config import Columns, Percentile, RecordConfig, Splitting, Wind
 from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.manifest import VolumeRow
 from beam_nifti.pipeline.build import open_build, plan_build
+from beam_nifti.pipeline.composable import EncodeExample, LoadVolume, Preprocess, ReadManifest, Rescale
 from beam_nifti.pipeline.failures import Failure
 from beam_nifti.pipeline.parts import Part
 from beam_nifti.pipeline.plan import BuildPlan, WorkUnit
@@ -27,15 +28,10 @@ from beam_nifti.pipeline.records import Record
 from beam_nifti.pipeline.saved_plan import SavedPlan
 from beam_nifti.pipeline.steps import (
     FAILURES,
-    EncodeExample,
     EncodeExampleFn,
     GuardedFn,
-    LoadVolume,
     LoadVolumeFn,
-    Preprocess,
     PreprocessFn,
-    ReadManifest,
-    Rescale,
     RescaleFn,
 )
 from beam_nifti.pipeline.transforms import (
