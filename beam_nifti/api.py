@@ -346,7 +346,7 @@ def withdraw(
     workers: SupportsIndex | None = None,
     progress: bool | Watcher = True,
 ) -> DatasetInfo:
-    """Remove participants from a dataset, without the images of the others.
+    """Remove participants from a dataset. No images are needed.
 
     The dataset becomes the one that a build of the manifest without their rows gives. Everything that it has
     of them is removed: records, rows of indexes, failures, and files of earlier revisions. Later builds into

@@ -477,7 +477,7 @@ def test_a_field_of_a_page_that_is_there_twice_is_refused(tmp_path: Path) -> Non
     _, end = page_header(content, column.data_page_offset)
     for number in (2, 2 + (1 << 16)):  # a field's number has 16 bits
         again = b"\x05" + varint(number) + varint(1)
-        with pytest.raises(ValueError, match=f"it has field {number}"):
+        with pytest.raises(ValueError, match=f"field {number} is out of range or occurs twice"):
             require_said_sizes(content[: end - 1] + again + content[end - 1 :], column)
 
 
@@ -508,7 +508,7 @@ def test_an_index_whose_columns_nest_does_not_end_the_process(dataset: Path, dep
     ("changed", "message"),
     [
         (lambda footer: footer[:-1] + b"\x15", "is not usable"),
-        (lambda footer: footer[:-1] + b"\x09\x04\x0c\x00", "has field 2, or has it twice"),
+        (lambda footer: footer[:-1] + b"\x09\x04\x0c\x00", "field 2 is out of range or occurs twice"),
         (
             lambda footer: footer[:-1] + b"\x19\x15\x00\x00",
             "of type 9, of 5",

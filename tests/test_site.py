@@ -53,7 +53,7 @@ def test_the_page_of_the_command_line_has_every_command_and_flag(site: Path) -> 
     for command in site_hooks.commands(options.make_parser()):
         assert f"{command.prog} [OPTION…]" in text
         assert set(command._option_string_actions) - {"-h", "--help"} <= shown
-    assert "75   another build or conversion is writing to OUTPUT" in text
+    assert "75   another command is writing to OUTPUT" in text
 
 
 def test_every_reference_is_there(site: Path) -> None:

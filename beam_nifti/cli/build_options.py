@@ -41,7 +41,8 @@ examples:
   beam-nifti build cohort/manifest.tsv cohort/dataset --rescale cohort:zscore --rescale-within nonzero \\
       --rescale-stats cohort/statistics.json
 
-Reads every volume of the split train. The numbers are the same on every runner, with any number of workers.
+Reads every volume of the measured splits, by default train. The numbers are the same on every runner, with
+any number of workers.
 `build --rescale cohort:zscore` without --rescale-stats does the same before it writes records.
 
 """
@@ -68,8 +69,8 @@ _HELP: Final = {
     "path_column": "column of image paths. The images of several comma-separated columns, such as "
     "T1w,T2w,FLAIR, become the channels of one record: each is rescaled separately, and all must have the "
     "same voxel grid, or --align first; default: path",
-    "mask_column": "column of label maps: images of whole numbers on the same voxel grid as the images. "
-    "They are prepared like the images, by nearest neighbour, and stored without rescaling; default: none",
+    "mask_column": "column of label maps: images of whole numbers, on the voxel grid of the images unless "
+    "--align is given. They are prepared like the images, and stored without rescaling; default: none",
     "label_column": "column of labels: numbers, or the names of classes; or several columns, such as "
     "age,sex:class,subtype, each stored in its own feature label/NAME. KIND is float, class (stored as the "
     "number of the class) or string; without it, float if all values are numbers, and class if none is. "
@@ -101,7 +102,7 @@ _HELP: Final = {
     "largest; percentile:LO,HI: two percentiles, such as percentile:0.5,99.5 for MRI with bright outliers; "
     "window:LO,HI: these two values in the image's units, such as window:-160,240 (HU) for CT; zscore: the "
     "mean, and one standard deviation above it; cohort:zscore, cohort:percentile:LO,HI: the same of the "
-    "voxels of all volumes together, measured before the first build and kept by later ones; none: keep the "
+    "voxels of all volumes together, measured by the first build and kept by later ones; none: keep the "
     "image's units",
     "rescale_within": "compute range, percentiles, mean and standard deviation from these voxels only: "
     "nonzero; above:T, those above T in the image's units; or mask, those with a label in the mask; "
@@ -173,7 +174,8 @@ _HELP_OF_CHECK: Final = _HELP | {
 }
 
 _HELP_OF_ANALYZE: Final = _HELP | {
-    "rescale": "cohort:percentile:LO,HI also computes these two percentiles; default: cohort:zscore",
+    "rescale": "statistics to compute: cohort:zscore (default), or cohort:percentile:LO,HI, which adds these "
+    "two percentiles",
     "rescale_within": "measure these voxels only: nonzero; above:T, those above T in the image's units; or "
     "mask, those with a label in the mask; default: all",
     "rescale_split": "splits whose volumes are measured; default: train",

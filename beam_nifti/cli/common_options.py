@@ -17,8 +17,8 @@ exit codes:
   1    more volumes failed than allowed, the dataset is missing, damaged or incomplete or has no record with
        that id, or two datasets differ
   2    an option, the manifest, OUTPUT or a path is wrong: fix it before running the command again
-  75   another build or conversion is writing to OUTPUT, an engine or a store failed, or a disk is full: run
-       the same command again later; a build or conversion continues where it stopped
+  75   another command is writing to OUTPUT, an engine or a store failed, or a disk is full: run the same
+       command again later; it continues where it stopped
   130  stopped by Ctrl-C
   141  standard output was closed before the result was read
   143  stopped by SIGTERM

@@ -190,7 +190,7 @@ def _add_relabel(commands: Commands) -> None:
 
 
 def _add_withdraw(commands: Commands) -> None:
-    summary = "remove participants from a dataset, without the images"
+    summary = "remove participants from a dataset; no images are needed"
     withdraw = add_command(commands, "withdraw", summary, _WITHDRAW_EXAMPLES)
     add_output(withdraw)
     withdraw.add_argument(

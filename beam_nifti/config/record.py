@@ -344,7 +344,7 @@ class RecordConfig:
             if missing:
                 raise UsageError(
                     f"--rescale-stats has no percentile {missing[0]:g}, which --rescale {self.rescale} "
-                    f"requires; measure with `beam-nifti analyze --rescale {self.rescale}`"
+                    f"requires; measure the cohort again with --rescale {self.rescale}"
                 )
             low, high = (values[p] for p in self.rescale_numbers)
         if not (low < high and math.isfinite(high - low)):

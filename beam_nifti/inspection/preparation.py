@@ -37,7 +37,7 @@ Path: TypeAlias = "str | os.PathLike[str]"
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PreparedVolume:
-    """What a record of a dataset would hold of an image, and what readers would make of that record.
+    """An image prepared and rescaled as the records of a dataset.
 
     Attributes:
         image: float32 of shape (X, Y, Z, C), or (C, X, Y, Z) with `channels_first`, C order: what
@@ -89,7 +89,7 @@ class PreparedVolume:
 
 @dataclass(frozen=True, repr=False)
 class Preparation:
-    """How the records of a dataset were made of images, to make the same of a new image.
+    """The steps that made the records of a dataset, to apply to new images.
 
     It can be pickled, and used from several threads.
 
@@ -197,7 +197,7 @@ class Preparation:
         if self.info.shape not in (None, volume.voxels.shape):
             raise VolumeError(
                 f"{row.path}: shape {volume.voxels.shape}, but the records of {self.dataset} have "
-                f"{self.info.shape}; build a dataset of one shape for all images with shape, or of any with "
+                f"{self.info.shape}; build the dataset with shape, which gives all images one shape, or with "
                 "allow_mixed_shapes"
             )
         found = volume.voxels.dtype.name

@@ -109,10 +109,10 @@ def join_table(found: FoundImages, join: Join) -> FoundImages:
             raise UsageError(
                 f"{name}: no column {missing[0]!r}; the columns are: {', '.join(of.column_names)}"
             )
-    for new, _ in join.columns:
+    for new, old in join.columns:
         if new in manifest.column_names:
             raise UsageError(
-                f"--join-columns: the manifest has a column {new!r} already; rename it as NEW={new}"
+                f"--join-columns: the manifest has a column {new!r} already; rename it as NEW={old}"
             )
     keys = _keys_of(table, [old for _, old in join.on], [new for new, _ in join.on])
     if num_empty := keys.null_count:
@@ -197,16 +197,16 @@ def _notes_on_partners(
     if alone:
         what = "not used" if join.unmatched == "skip" else f"{MISSING} in the columns of {join.path}"
         shown = first_few([*dict.fromkeys(names)], _SHOWN)
-        notes.append(f"{what}: {counted(len(alone), 'row')} ({shown}) without a partner")
+        notes.append(f"{what}: {counted(len(alone), 'row')} ({shown}): not in {join.path}")
     if hints:
         notes.append(f"possibly the same id: {first_few(hints, _SHOWN)}; ids must match exactly")
     if others := [_shown(key) for key in keys if key not in present]:
         notes.append(
-            f"not used: {counted(len(others), 'id')} ({first_few(others, _SHOWN)}) of {join.path} alone"
+            f"not used: {counted(len(others), 'id')} ({first_few(others, _SHOWN)}) that only {join.path} has"
         )
     return notes
 
 
 def _folded(key: str) -> str:
-    """A key without case and leading zeros."""
-    return re.sub(r"0*(\d+)", r"\1", key.casefold())
+    """A key without case, prefixes and leading zeros."""
+    return re.sub(r"\b(?:sub-|ses-)?0*(\d+)", r"\1", key.casefold())

@@ -137,7 +137,7 @@ def _channels_of(content: Mapping[str, Any], root: str) -> list[str]:
     if not isinstance(names, dict) or not names or names.keys() != {*keys}:
         raise UsageError(
             f"{root}/{_FILE}: {key} is {names!r}, expected the names of the channels by number, such as "
-            '{"0": "T1w", "1": "FLAIR"}; without it the dataset is none of the Decathlon or nnU-Net'
+            '{"0": "T1w", "1": "FLAIR"}; without it this is not a dataset of the Decathlon or nnU-Net'
         )
     return [str(names[number]) for number in keys]
 
@@ -212,7 +212,7 @@ def _listed_cases(
             continue
         first = stem_of(images[0].rpartition("/")[2])
         if first is None:
-            problems.append(f"{images[0]} has not the ending of an image; convert it")
+            problems.append(f"{images[0]} does not have the ending of an image; convert it")
             continue
         listed.append(
             _Case(name or first, split, tuple(map(files.path_of, images)), mask and files.path_of(mask))

@@ -68,8 +68,7 @@ def _flock(path: str) -> Iterator[None]:
         except BlockingIOError:
             os.close(descriptor)
             raise OutputBusyError(
-                f"{Path(path).parent}: another build or conversion is writing here; wait for it, or choose "
-                "another OUTPUT"
+                f"{Path(path).parent}: another command is writing here; wait for it, or choose another OUTPUT"
             ) from None
         except OSError as e:  # a file system without locks
             os.close(descriptor)
@@ -145,7 +144,7 @@ def _is_own(path: str, token: str) -> bool:
 
 def _lost(path: str) -> OutputBusyError:
     return OutputBusyError(
-        f"{storage.dirname(path)}: another build or conversion took this output, or its {LOCK_FILE} was "
+        f"{storage.dirname(path)}: another command took this output, or its {LOCK_FILE} was "
         "removed; run one at a time, and run this one again"
     )
 

@@ -58,13 +58,14 @@ Rule: TypeAlias = str | tuple[str | SupportsFloat, ...]
 
 
 class BuildOptions(TypedDict, total=False):
-    """The options of `build` and `check`. None means that an option is not given.
+    """The options of `build`, `check` and `analyze`. None means that an option is not given.
 
     Each accepts the text of the command line or a Python value. Numbers may be numpy's.
 
     Attributes:
         path_column: column of image paths; several columns are the channels of one record. Default: "path".
-        mask_column: column of paths of label maps on the same voxel grid. Default: no masks.
+        mask_column: column of paths of label maps, on the voxel grid of the images unless `align` is given.
+            Default: no masks.
         label_column: NAME, or NAME:KIND with the kind float, class or string; each of several becomes a
             feature of its own. Default: the column "label", if there is one.
         missing_label: rows without a label: "nan" stores NaN, "skip" skips them. Default: an error.
@@ -89,7 +90,7 @@ class BuildOptions(TypedDict, total=False):
             image's units. Default: all.
         rescale_split: splits whose volumes are measured for a `rescale` of the cohort. Default: "train".
         rescale_stats: statistics for a `rescale` of the cohort: the result of `analyze`, or the file that it
-            wrote. Default: the dataset's own; before the first build they are measured.
+            wrote. Default: the dataset's own, which its first build measures.
         clip: whether rescaled voxels outside [0, 1] become 0 or 1. Default: False.
         mask_dtype: "uint8" (default) or "uint16".
         map_labels: labels of masks that become others, all at once, such as {4: 3} or "4=3". Default: none.
@@ -131,8 +132,8 @@ class BuildOptions(TypedDict, total=False):
         recheck: whether to rebuild every record, and replace the shards that differ. Default: False.
         workers: threads; on a cluster, the number of workers to divide the work for. Default: all cores; on a
             cluster, by the engine's flags, or 32.
-        temp_location: folder or URL of temporary files. Default: in the output; for `check`, the folder of
-            `out`.
+        temp_location: folder or URL of temporary files. Default: in the output; for `check` and `analyze`,
+            the folder of `out`.
         without: options of `like` and `config` to ignore. Default: none.
     """
 

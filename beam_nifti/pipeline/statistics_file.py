@@ -165,7 +165,7 @@ def statistics_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "median size", f"{size_text(found['shape'])} voxels of {size_text(found['spacing'])} mm"
     names = options["channels"].split(",") if "channels" in options else ["intensity"]
     for name, channel in zip(names, found["channels"], strict=True):
-        within = f" {options['rescale_within']}" if "rescale_within" in options else ""
+        within = f" ({options['rescale_within']})" if "rescale_within" in options else ""
         yield (
             name,
             f"mean {channel['mean']:.6g}, std {channel['std']:.6g}, {channel['min']:g} to {channel['max']:g} "

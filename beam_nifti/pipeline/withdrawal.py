@@ -114,7 +114,7 @@ def withdraw_people(
         with holding(output):
             end_rewriting(output, info)
             refuse_unknown_files(output, info)
-        logs.LOGGER.info("%s: without these participants already", output)
+        logs.LOGGER.info("%s: these participants were already withdrawn", output)
         return info
     path = storage.absolute(manifest)
     if rows is None and storage.exists(path):
@@ -123,8 +123,9 @@ def withdraw_people(
     num_rows = info.manifest["num_rows"]
     if len(known) < num_rows or known.digest(num_rows) != info.manifest["digest"]:
         raise UsageError(
-            f"{path}: is not the manifest that {output} was built from; give that one, which still has the "
-            "rows of the participants; rows may have been appended"
+            f"{path}: is not the manifest that {output} was built from; give that one, with the rows of the "
+            "participants, but without those of participants who were withdrawn before; rows may have been "
+            "appended"
         )
     left = {name: text for name, text in names.items() if name not in gone}
     people = _find(known, left, num_rows, output)

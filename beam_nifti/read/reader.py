@@ -96,8 +96,8 @@ def load_dataset(
         patches: the four arguments above, as one `Patches`.
         fold: fold to leave out of "train", or to read as "validation", of a dataset that was built with
             `--split kfold:N`; from 0.
-        balance: column of the index, such as "sex", by whose values examples are drawn, all of them equally
-            likely: as many as there are, some several times. Requires `shuffle`.
+        balance: column of the index, such as "sex", whose values are drawn equally often. An epoch keeps its
+            length, so some examples occur several times. Requires `shuffle`.
         weights: column of the index with the weight of each example in such a draw.
 
     Returns:

@@ -78,7 +78,7 @@ def other_format(head: bytes) -> str | None:
     """What a file is that is no image of a format that is read, and the remedy; None if that is unknown.
 
     >>> other_format(b"NRRD0004")
-    'an NRRD image; convert it to .nii.gz'
+    'an NRRD image; convert it to .nii.gz, such as with SimpleITK or 3D Slicer'
     """
     return _described(_PATTERNS, head)
 

@@ -294,7 +294,7 @@ def test_a_build_beside_another_exits_with_75(
 ) -> None:
     with lock.hold(str(tmp_path / "out")):
         built(code=cli.TEMPORARY)
-    assert "another build or conversion is writing here" in capsys.readouterr().err
+    assert "another command is writing here" in capsys.readouterr().err
     built()
 
 

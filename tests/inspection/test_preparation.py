@@ -64,7 +64,9 @@ def assert_same(output: Path, prepared: bn.PreparedVolume, number: int = 0) -> N
     assert cells["source_affine"] == list(volume.source.affine)
 
 
-REFERENCE = [-2.5, 0.3, 0, 88, 0.3, 2.5, 0, -126, 0, 0, 2, -71, 0, 0, 0, 1]
+REFERENCE = (
+    (OBLIQUE @ [[1.1, 0.1, 0, 0.5], [-0.1, 1.1, 0, 0.5], [0, 0, 0.9, 0], [0, 0, 0, 1]]).ravel().tolist()
+)
 
 
 @st.composite

@@ -68,13 +68,13 @@ def test_rows_without_a_partner_are_named(manifest: Path, capsys: Capture) -> No
     assert [row["age"] for row in kept] == ["n/a", "7", "n/a"]
     assert notes == [
         f"not used: 1 row of {file} without Subject",
-        f"n/a in the columns of {file}: 2 rows (sub-1, sub-10) without a partner",
+        f"n/a in the columns of {file}: 2 rows (sub-1, sub-10): not in {file}",
         "possibly the same id: 01 for sub-1; ids must match exactly",
-        f"not used: 2 ids (01, 3) of {file} alone",
+        f"not used: 2 ids (01, 3) that only {file} has",
     ]
     skipped, notes = rows_of(capsys, *words, "--unmatched=skip")
     assert skipped == kept[1:2]
-    assert "not used: 2 rows (sub-1, sub-10) without a partner" in notes
+    assert f"not used: 2 rows (sub-1, sub-10): not in {file}" in notes
 
 
 def test_an_id_with_two_values_is_refused_and_one_with_two_equal_rows_is_not(

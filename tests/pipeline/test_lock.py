@@ -46,7 +46,7 @@ def test_a_second_process_is_refused_until_the_first_ends(
 ) -> None:
     output = str(tmp_path / "out")
     with (
-        pytest.raises(OutputError, match=f"{output}: another build or conversion is writing here"),
+        pytest.raises(OutputError, match=f"{output}: another command is writing here"),
         hold(output),
     ):
         pass
@@ -66,11 +66,11 @@ def test_a_killed_holder_frees_it_at_once(tmp_path: Path, holder: subprocess.Pop
 
 def test_a_second_build_of_one_process_is_refused_too(tmp_path: Path) -> None:
     with hold(str(tmp_path)):
-        with pytest.raises(OutputError, match="another build"), hold(str(tmp_path)):
+        with pytest.raises(OutputError, match="another command"), hold(str(tmp_path)):
             pass
         with hold(str(tmp_path / "other")):
             pass
-        with pytest.raises(OutputError, match="another build"), hold(str(tmp_path)):
+        with pytest.raises(OutputError, match="another command"), hold(str(tmp_path)):
             pass
 
 
@@ -227,7 +227,7 @@ def test_a_build_whose_lease_was_taken_says_so_and_leaves_the_taker_alone() -> N
         stack.enter_context(hold(OUTPUT))
         write_lease(0, host="another-machine", pid=1)
         for look in (lambda: require_held(OUTPUT), stack.close):
-            with pytest.raises(OutputBusyError, match="another build or conversion took this output"):
+            with pytest.raises(OutputBusyError, match="another command took this output"):
                 look()
     assert json.loads(storage.read(LEASE))["host"] == "another-machine"
 
@@ -242,7 +242,7 @@ def test_a_build_that_has_lost_its_output_publishes_nothing(
     # Between the check for another plan and the publication, as after a night in which the machine slept.
     monkeypatch.setattr("beam_nifti.pipeline.transforms.require_current", take)
     assert cli.main(["build", str(cohort), OUTPUT, "--quiet"]) == cli.TEMPORARY
-    assert "another build or conversion took this output" in capsys.readouterr().err
+    assert "another command took this output" in capsys.readouterr().err
     assert not storage.exists(f"{OUTPUT}/dataset_info.json")
     assert json.loads(storage.read(LEASE))["host"] == "another-machine"
 

@@ -379,7 +379,7 @@ def test_a_second_build_is_refused_and_the_first_unharmed(
     with open_build(make_config(manifest, output)) as plan:
         second = build_apart(manifest, output)
         assert second.result["error"] == "OutputBusyError"
-        assert "another build or conversion is writing here" in second.result["message"]
+        assert "another command is writing here" in second.result["message"]
         assert build_apart(manifest, output, overwrite=True).result["error"] == "OutputBusyError"
         plan = dataclasses.replace(plan, unit_rows=UNIT_ROWS)
         run_build(plan, make_options())

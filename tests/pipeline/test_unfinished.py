@@ -160,17 +160,17 @@ def test_a_dry_run_prints_what_is_kept_rebuilt_and_deleted(
     flags = ["--examples-per-shard", 4, "--dry-run"]
     before = snapshot(output)
     said = run("build", manifest, output, *flags)
-    kept, rebuilt = map(int, re.findall(r"^(?:keep|rebuild) +(\d+) example", said, re.M))
+    kept, rebuilt = map(int, re.findall(r"^(?:keep|build) +(\d+) example", said, re.M))
     assert kept + rebuilt == COUNT
     assert f"keep     {kept} examples from an unfinished build\n" in said
     assert snapshot(output) == before
     more = write_manifest(folder / "more.tsv", rows_of(COUNT + 2))
     said = run("build", more, bases["finished"], *flags)
     assert (
-        "keep     10 examples from the dataset\nrebuild  2 examples\ndelete   1 shard of revision 1 (" in said
+        "keep     10 examples from the dataset\nbuild    2 examples\ndelete   1 shard of revision 1 (" in said
     )
     said = run("build", manifest, bases["finished"], *flags, "--overwrite")
-    assert "rebuild  10 examples\ndelete   3 shards of revision 1 (" in said
+    assert "build    10 examples\ndelete   3 shards of revision 1 (" in said
 
 
 @pytest.mark.parametrize("linked", ["part", "index", "folder"])

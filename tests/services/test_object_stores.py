@@ -360,7 +360,7 @@ def test_of_many_builds_one_takes_the_lease(folder: Callable[[str], str], scheme
         for thread in threads:
             thread.join()
         assert outcomes.count("held") == 1
-        said = ("a build or conversion on", "another build or conversion took")
+        said = ("a build or conversion on", "another command took")
         assert all(any(text in o for text in said) for o in outcomes if o != "held")
         assert not storage.exists(f"{output}/{LOCK_FILE}")
 

@@ -40,7 +40,7 @@ def files() -> list[str]:
 FILES = files()
 
 # What a person can do about it stands in the message itself.
-ACTIONABLE = re.compile(r"; (choose|copy|convert|extract|leave it out|mask|repair)")
+ACTIONABLE = re.compile(r"; (choose|copy|convert|extract|leave it out|replace|repair)")
 TRIED: dict[str, dict[str, str]] = {
     "": {},
     "`--frames all`": {"frames": "all"},

@@ -318,7 +318,7 @@ def test_flipped_images_of_one_grid_need_an_orientation(tmp_path: Path, run: Cal
     flags = ("build", manifest, tmp_path / "out", "--path-column=path,seg")
     assert (
         "b.nii: its voxels are those of a.nii with axes flipped or in another order (PIR, not LAS); add "
-        "--orientation RAS, which turns both without interpolation"
+        "--orientation RAS, which reorients both without interpolation"
     ) in run(*flags, code=2)
     run(*flags, "--orientation=RAS")
     assert "ok " in run("verify", tmp_path / "out", "--deep=all", "--manifest", manifest_of(tmp_path / "out"))

@@ -215,7 +215,7 @@ def test_a_record_says_what_became_0_and_1_where_its_range_does_not(tmp_path: Pa
         ([0, 1, 2, 3.4e38], {"rescale": "none", "voxel_dtype": "bfloat16"}, "do not fit bfloat16;"),
         ([0, 1, 2, 1e30], {"rescale": "window:0,1e-20"}, "rescaled intensities .* do not fit float32"),
         ([0, 1, 2, 1e30], {"rescale": "window:0,1e-20", "voxel_dtype": "native"}, "do not fit float32"),
-        ([-1.7e308, 0, 1, 1.7e308], {"rescale": "percentile:0,100"}, "no range to rescale"),
+        ([-1.7e308, 0, 1, 1.7e308], {"rescale": "percentile:0,100"}, "not a usable range"),
         ([0, 1, np.nan, 3], {"rescale": "percentile:0,100"}, "1 of 4 voxels are NaN"),
     ],
 )

@@ -425,7 +425,7 @@ def test_paths_of_which_none_is_there_are_told_at_once(run: Run, tmp_path: Path)
     manifest = write_manifest(tmp_path / "m.tsv", [{"path": "a.nii", "label": 1}])
     told = run("build", manifest, tmp_path / "out", code=cli.USAGE)
     assert "a.nii: cannot be read: No such file or directory; check the path and its permissions" in told
-    assert "relative paths start at the manifest's folder" in told
+    assert "relative paths are relative to the manifest's folder" in told
 
 
 def test_the_step_is_there_only_where_it_is_asked_for(cohort: Path, tmp_path: Path) -> None:
