@@ -196,7 +196,7 @@ def analyze(
         runner: same as for `build`.
         pipeline_options: same as for `build`.
         like: same as for `build`; options that only concern how records are written are ignored.
-        config: same as for `like`.
+        config: same as for `build`; options that only concern how records are written are ignored.
         progress: same as for `build`.
         **options: those of `beam_nifti.BuildOptions` that concern what is measured: columns, splits,
             `rescale_within`, `rescale_split`, `frames`, `complex`, preparation, `max_bad_fraction`,

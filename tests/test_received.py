@@ -991,7 +991,7 @@ def test_a_mask_of_another_shape_is_named(tmp_path: Path) -> None:
     [
         (set_cell("affine", 0, [1.0] * 15), "column affine of record 0 .* has 15 values, expected 16"),
         (set_cell("affine", 0, [None] * 16), "column affine has 16 empty values"),
-        (set_cell("shape", 0, [4, 3, 3]), r"column shape has others than \[4, 3, 2\]"),
+        (set_cell("shape", 0, [4, 3, 3]), r"column shape has other shapes than \[4, 3, 2\]"),
         (set_cell("example_id", 0, None), "column example_id has 1 empty cells"),
         (set_cell("length", 0, -1), "has -1 bytes at offset 0, which are not in"),
         (set_cell("length", 0, 1 << 62), "which are not in"),

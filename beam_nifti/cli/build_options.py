@@ -68,7 +68,7 @@ _HELP: Final = {
     "without": "options of --config and --like to ignore, such as clip,spacing; default: none",
     "path_column": "column of image paths. The images of several comma-separated columns, such as "
     "T1w,T2w,FLAIR, become the channels of one record: each is rescaled separately, and all must have the "
-    "same voxel grid, or --align first; default: path",
+    "same voxel grid, unless --align is given; default: path",
     "mask_column": "column of label maps: images of whole numbers, on the voxel grid of the images unless "
     "--align is given. They are prepared like the images, and stored without rescaling; default: none",
     "label_column": "column of labels: numbers, or the names of classes; or several columns, such as "
@@ -87,8 +87,9 @@ _HELP: Final = {
     "split": "assign participants to splits at random, in these shares, which sum to 1, such as "
     "train=0.8,validation=0.1,test=0.1; all images of a participant_id go to one split, which does not "
     "change when other participants are added. kfold:5 draws fold0 to fold4 for cross-validation, and "
-    "kfold:5,test=0.2 a test set besides; default: the manifest's column split, or else all go to train",
-    "stratify": "apply the shares of --split within each value of this column, such as site or diagnosis",
+    "kfold:5,test=0.2 also a test set; default: the manifest's column split, or else all go to train",
+    "stratify": "apply the shares of --split within each value of this column, such as site or diagnosis; "
+    "then only participants who are appended leave the splits of the others unchanged",
     "split_seed": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
     "default: 0",
     "examples_per_shard": "largest number of examples in a shard; with --frames each, a shard still holds "

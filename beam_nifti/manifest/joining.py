@@ -131,7 +131,9 @@ def join_table(found: FoundImages, join: Join) -> FoundImages:
     if join.unmatched == "skip":
         manifest = manifest.filter(is_matched)
         if not manifest.num_rows:
-            raise UsageError(f"{join.path}: no row of the manifest has a partner; compare the ids of both")
+            raise UsageError(
+                f"{join.path}: no row of the manifest matches a row of this table; compare their ids"
+            )
     return FoundImages(manifest, tuple(notes))
 
 
@@ -197,12 +199,13 @@ def _notes_on_partners(
     if alone:
         what = "not used" if join.unmatched == "skip" else f"{MISSING} in the columns of {join.path}"
         shown = first_few([*dict.fromkeys(names)], _SHOWN)
-        notes.append(f"{what}: {counted(len(alone), 'row')} ({shown}): not in {join.path}")
+        notes.append(f"{what}: {counted(len(alone), 'row')} ({shown}) without a match in {join.path}")
     if hints:
         notes.append(f"possibly the same id: {first_few(hints, _SHOWN)}; ids must match exactly")
     if others := [_shown(key) for key in keys if key not in present]:
         notes.append(
-            f"not used: {counted(len(others), 'id')} ({first_few(others, _SHOWN)}) that only {join.path} has"
+            f"not used: {counted(len(others), 'id')} ({first_few(others, _SHOWN)}) of {join.path} that the "
+            "manifest does not have"
         )
     return notes
 

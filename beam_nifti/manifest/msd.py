@@ -137,7 +137,7 @@ def _channels_of(content: Mapping[str, Any], root: str) -> list[str]:
     if not isinstance(names, dict) or not names or names.keys() != {*keys}:
         raise UsageError(
             f"{root}/{_FILE}: {key} is {names!r}, expected the names of the channels by number, such as "
-            '{"0": "T1w", "1": "FLAIR"}; without it this is not a dataset of the Decathlon or nnU-Net'
+            '{"0": "T1w", "1": "FLAIR"}; every dataset of the Decathlon or nnU-Net has them'
         )
     return [str(names[number]) for number in keys]
 

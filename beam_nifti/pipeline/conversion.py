@@ -198,8 +198,8 @@ class Conversion:
         is_other = saved is not None and saved.token != self.token
         if is_other or SavedPlan.read(output) or storage.list_folders(storage.join(output, BUILD_FOLDER)):
             raise OutputError(
-                f"{output}: holds an unfinished build, or a conversion of something else than {self.old} as "
-                "it is now; choose another OUTPUT, or delete this one"
+                f"{output}: holds an unfinished build, or a conversion of another dataset, or of {self.old} "
+                "before it changed; choose another OUTPUT, or delete this one"
             )
         if saved is None:
             refuse_foreign(output, overwrite=None)

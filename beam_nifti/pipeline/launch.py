@@ -133,7 +133,7 @@ def run_build_on(engine: Engine, rows: bytes | None, watcher: Watcher) -> Datase
                     logs.LOGGER.warning("%s", warning)
                 if unmapped := summary.unmapped_labels:
                     labels = first_few(unmapped, _SHOWN_LABELS)
-                    logs.LOGGER.warning("warning: no mask has a label %s of --map-labels", labels)
+                    logs.LOGGER.warning("warning: --map-labels replaces labels that no mask has: %s", labels)
         return read_info(plan.config.output)
 
 

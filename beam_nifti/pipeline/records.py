@@ -150,8 +150,10 @@ def to_record(element: Any) -> Record:
     if isinstance(element, Record):
         return element
     if not isinstance(element, tuple) or len(element) != 2:
+        kind = f"a tuple of {len(element)}" if isinstance(element, tuple) else type(element).__name__
         raise VolumeError(
-            f"an element is {type(element).__name__}, expected a Record or (id, Example, bytes or dictionary)"
+            f"an element is {kind}, expected a Record, or a tuple of 2: an id, and an Example, bytes or a "
+            "dictionary"
         )
     example_id, content = element
     if not isinstance(example_id, str):

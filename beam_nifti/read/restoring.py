@@ -33,8 +33,8 @@ def source_grid(name: str, cells: Mapping[str, Any]) -> Grid:
     shape, numbers = cells.get("source_shape"), cells.get("source_affine")
     if shape is None or numbers is None:
         raise DatasetError(
-            f"{name}: the index has no source_shape and source_affine, as an earlier version wrote it or "
-            "the record was not made of an image; build the dataset again from its images"
+            f"{name}: the index has no source_shape and source_affine, because an earlier version wrote "
+            "it or the record was not made from an image; build the dataset again from its images"
         )
     affine = np.array(numbers, np.float64).reshape(4, 4)
     if not is_usable(affine) or min(shape) < 1:

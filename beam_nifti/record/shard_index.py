@@ -124,7 +124,7 @@ def _find_others(table: pa.Table, info: DatasetInfo) -> Iterator[str]:
         counts = pc.list_value_length(table["shape"]).to_numpy()
         shapes = pc.list_flatten(table["shape"]).to_numpy()
         if (counts != len(info.shape)).any() or (shapes.reshape(-1, len(info.shape)) != info.shape).any():
-            yield f"column shape has others than {list(info.shape)}, which {FILE_NAME} gives"
+            yield f"column shape has other shapes than {list(info.shape)}, which {FILE_NAME} gives"
 
 
 def _find_impossible(table: pa.Table, info: DatasetInfo) -> Iterator[str]:

@@ -68,13 +68,13 @@ def test_rows_without_a_partner_are_named(manifest: Path, capsys: Capture) -> No
     assert [row["age"] for row in kept] == ["n/a", "7", "n/a"]
     assert notes == [
         f"not used: 1 row of {file} without Subject",
-        f"n/a in the columns of {file}: 2 rows (sub-1, sub-10): not in {file}",
+        f"n/a in the columns of {file}: 2 rows (sub-1, sub-10) without a match in {file}",
         "possibly the same id: 01 for sub-1; ids must match exactly",
-        f"not used: 2 ids (01, 3) that only {file} has",
+        f"not used: 2 ids (01, 3) of {file} that the manifest does not have",
     ]
     skipped, notes = rows_of(capsys, *words, "--unmatched=skip")
     assert skipped == kept[1:2]
-    assert f"not used: 2 rows (sub-1, sub-10): not in {file}" in notes
+    assert f"not used: 2 rows (sub-1, sub-10) without a match in {file}" in notes
 
 
 def test_an_id_with_two_values_is_refused_and_one_with_two_equal_rows_is_not(
@@ -118,7 +118,7 @@ def test_every_source_can_be_joined(tmp_path: Path, capsys: Capture) -> None:
         ([ON[0], "--join-columns=path"], "the manifest has a column 'path' already; rename it as NEW=path"),
         ([ON[0], "--join-columns=Age,Age"], "which names 'Age' twice"),
         ([ON[0], "--join-columns=Age,"], "--join-columns is 'Age,'; give names of columns"),
-        ([ON[0], "--join-columns=Age", "--unmatched=skip"], "no row of the manifest has a partner"),
+        ([ON[0], "--join-columns=Age", "--unmatched=skip"], "no row of the manifest matches"),
     ],
 )
 def test_errors(flags: list[str], said: str, manifest: Path, capsys: Capture) -> None:

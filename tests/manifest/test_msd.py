@@ -206,11 +206,11 @@ def test_errors_of_nnunet(changes: dict[str, Any], said: str, tmp_path: Path, ca
     [
         (b"{", "cannot be read as JSON"),
         (b"[]", "is not a JSON object"),
-        (b"{}", "none of the Decathlon or nnU-Net"),
+        (b"{}", "every dataset of the Decathlon or nnU-Net"),
         (b'{"modality": {"0": "CT"}, "modality": {"0": "CT"}}', "has the key 'modality' twice"),
         (b'{"modality": {"0": "CT"}, "training": {}}', "training is not a list of cases"),
         (b'{"modality": {"0": "CT"}}', "no cases; name the folder of one dataset"),
-        (b'{"modality": {"0": "CT"}, "test": ["a.png"]}', "a.png has not the ending of an image"),
+        (b'{"modality": {"0": "CT"}, "test": ["a.png"]}', "a.png does not have the ending of an image"),
         (b'{"modality": {"0": "CT"}, "test": ["a.nii", "b/a.nii"]}', "a is listed 2 times"),
     ],
 )

@@ -383,7 +383,8 @@ LARGEST = float(np.finfo(np.float32).max)
 @pytest.mark.parametrize(
     ("elements", "message"),
     [
-        ([7], "an element is int, expected a Record or"),
+        ([7], "an element is int, expected a Record, or a tuple of 2"),
+        ([("a", 1, 2)], "an element is a tuple of 3, expected a Record, or a tuple of 2"),
         ([("a", 7)], "record 'a': is int, expected an Example, bytes or a dictionary"),
         ([("a", b"\x07")], "record 'a': not an Example"),
         (

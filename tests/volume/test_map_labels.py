@@ -122,7 +122,7 @@ def cohort(folder: Path) -> Path:
 def test_a_dataset_of_mapped_masks(tmp_path: Path, run: Callable[..., str]) -> None:
     manifest, output = cohort(tmp_path / "c"), tmp_path / "out"
     printed = run("build", manifest, output, "--mask-column=seg", "--map-labels=0=0,7=1,4=3")
-    assert "warning: no mask has a label 7 of --map-labels" in printed
+    assert "warning: --map-labels replaces labels that no mask has: 7" in printed
     info = info_of(output)
     assert info.mask_labels == (0, 1, 2, 3)
     assert info.config["map_labels"] == "4=3,7=1"
@@ -135,7 +135,7 @@ def test_a_dataset_of_mapped_masks(tmp_path: Path, run: Callable[..., str]) -> N
     assert "mask labels   0 1 2 3" in text
     assert "4 to 3 in 2 examples" in text
     assert "7 to 1 in 0 examples" in text
-    assert "no mask has a label 7" in run("build", manifest, output, f"--like={output}")
+    assert "labels that no mask has: 7" in run("build", manifest, output, f"--like={output}")
     assert (
         make_config(str(manifest), "x", {"without": "mask-column"}, like=str(output)).record.map_labels
         is None
