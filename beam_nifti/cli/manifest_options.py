@@ -133,7 +133,8 @@ def _add_msd(sources: Commands) -> None:
     msd.add_argument(
         "--only",
         choices=("train", "validation", "test"),
-        help="only the cases of this split, such as train, whose cases have masks; default: all",
+        help="only the cases of this split; train, whose cases have masks, is listed without a column split, "
+        "so that build --split can draw splits; default: all",
     )
     _add_output(msd)
 

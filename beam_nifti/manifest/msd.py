@@ -76,8 +76,8 @@ def find_msd_images(root: str, folder: str, only: str | None = None) -> FoundIma
         only: split whose cases are listed; None for all.
 
     Returns:
-        The columns `case_id`, `split`, `path` (one column per channel if these are files of their own) and,
-        if there are masks, `mask`.
+        The columns `case_id`, `split` (not for `only="train"`), `path` (one column per channel if these are
+        files of their own) and, if there are masks, `mask`.
 
     Raises:
         UsageError: there is no dataset.json, or it is none of these datasets.
@@ -104,10 +104,13 @@ def find_msd_images(root: str, folder: str, only: str | None = None) -> FoundIma
         path = storage.join(files.root, _FILE)
         raise ManifestError(path, [*problems[:MAX_PROBLEMS], *more], "does not match the files")
     if not cases:
-        what = f"{only} cases" if only else "cases"
-        raise UsageError(f"{files.root}: no {what}; name the folder of one dataset")
+        where = f"{files.root}: no cases"
+        if only:
+            raise UsageError(f"{where} of the split {only}; drop --only, or choose another split")
+        raise UsageError(f"{where}; name the folder of one dataset")
     cases.sort(key=lambda case: (SPLITS.index(case.split), case.case_id))
-    table = _table_of(cases, channels, folder)
+    # Cases of "train" alone go there without a column, which would forbid to draw splits.
+    table = _table_of(cases, channels, folder, has_split=only != "train")
     notes += notes_on_content([path for case in cases for path in (*case.images, case.mask) if path])
     notes += _notes_on_use(content, cases, channels, table.column_names)
     return FoundImages(table, tuple(notes))
@@ -289,7 +292,7 @@ def _compare_counts(
         )
 
 
-def _table_of(cases: Sequence[_Case], channels: Sequence[str], folder: str) -> pa.Table:
+def _table_of(cases: Sequence[_Case], channels: Sequence[str], folder: str, *, has_split: bool) -> pa.Table:
     columns = _column_names(channels) if len(cases[0].images) > 1 else ["path"]
     paths = [path for case in cases for path in (*case.images, case.mask)]
     storage.require_text(paths)
@@ -297,7 +300,9 @@ def _table_of(cases: Sequence[_Case], channels: Sequence[str], folder: str) -> p
     def relative(path: str) -> str:
         return path.removeprefix(folder and f"{folder}/")
 
-    table = {_CASE_ID: [case.case_id for case in cases], "split": [case.split for case in cases]}
+    table = {_CASE_ID: [case.case_id for case in cases]}
+    if has_split:
+        table["split"] = [case.split for case in cases]
     for number, name in enumerate(columns):
         table[name] = [relative(case.images[number]) for case in cases]
     if any(case.mask for case in cases):

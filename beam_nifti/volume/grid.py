@@ -230,7 +230,7 @@ def respace(grid: Grid, spacing: Sequence[float]) -> Resampling:
 
 
 def coarse_axis(resampling: Resampling) -> int | None:
-    """The axis along which voxels are more than three times as long as along another one.
+    """The axis along which voxels are more than three times as long as along another one, beyond rounding.
 
     Those of the old grid decide, or else those of the new one. None if no axis is that long, or several are.
 
@@ -238,7 +238,8 @@ def coarse_axis(resampling: Resampling) -> int | None:
     """
     for grid in (resampling.old, resampling.grid):
         zooms = np.asarray(grid.zooms)
-        if zooms.max() > _ANISOTROPIC * zooms.min():
+        limit = _ANISOTROPIC * zooms.min()
+        if zooms.max() > limit and not keeps_spacing(zooms.max(), limit):
             longest = np.flatnonzero(keeps_spacing(zooms, zooms.max()))
             return int(longest[0]) if longest.size == 1 else None
     return None

@@ -19,7 +19,9 @@ _CHUNK: Final = 1 << 16  # voxels that are counted at a time
 _POSITIONS: Final = 64  # of each label
 _MOST_POSITIONS: Final = 4096  # of all labels; one of each where there are more of those
 _BITS: Final = 16
-_SHARE_BITS: Final = 17  # the product of three shares fits into 52 bits
+_SHARE_BITS: Final = 10
+"""Bits of a position below its voxel: float32 in headers shall not decide between two equally near voxels."""
+
 _WHOLE: Final = 1 << 3 * _SHARE_BITS  # sum of the weights of eight neighbours
 _GOLDEN: Final = 40503  # 2^16 by the golden ratio: its multiples are spread evenly, however many there are
 
@@ -78,13 +80,18 @@ def _chunks(mask: Voxels) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         yield start, np.bincount(flat[start : start + _CHUNK], minlength=num_labels)
 
 
+def nearest(positions: Floats) -> Floats:
+    """The whole numbers nearest to positions that are rounded to 2^-10, halves up."""
+    return np.asarray(np.floor(np.ldexp(np.rint(np.ldexp(positions, _SHARE_BITS)), -_SHARE_BITS) + 0.5))
+
+
 def pick_nearest(voxels: Voxels, positions: Sequence[Floats]) -> Voxels:
-    """The voxels of (X, Y, Z) or (X, Y, Z, C) that are nearest to positions along each axis, halves up.
+    """The voxels of (X, Y, Z) or (X, Y, Z, C) that are nearest to positions along each axis.
 
     Outside of the volume they are its outermost voxels.
     """
     for axis in reversed(range(3)):
-        places = np.floor(positions[axis] + 0.5).astype(np.intp)
+        places = nearest(positions[axis]).astype(np.intp)
         voxels = voxels.take(np.clip(places, 0, voxels.shape[axis] - 1), axis)
     return voxels
 
@@ -93,7 +100,7 @@ def pick_mixed(mask: Voxels, positions: Sequence[Floats]) -> Voxels:
     """The labels of a 3-D mask that have the largest share at positions along each axis.
 
     The share of a label is what its voxels, as 1 among 0, are linearly interpolated to. Of labels with equal
-    shares it is the largest one. Positions are rounded to 2^-17 of a voxel, so that shares are exact. Outside
+    shares it is the largest one. Positions are rounded to 2^-10 of a voxel, so that shares are exact. Outside
     of the mask, labels are those of its outermost voxels.
     """
     below, above, shares = zip(*map(_neighbours, mask.shape, positions), strict=True)
@@ -108,7 +115,7 @@ def pick_mixed(mask: Voxels, positions: Sequence[Floats]) -> Voxels:
 
 
 def _neighbours(size: int, positions: Floats) -> tuple[Places, Places, Places]:
-    """The voxels below and above positions, and the share of the one above, in parts of 2^17."""
+    """The voxels below and above positions, and the share of the one above, in parts of 2^10."""
     places = np.rint(np.clip(positions, 0, size - 1) * (1 << _SHARE_BITS)).astype(np.int64)
     below = places >> _SHARE_BITS
     return below, np.minimum(below + 1, size - 1), places & ((1 << _SHARE_BITS) - 1)

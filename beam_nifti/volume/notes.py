@@ -29,6 +29,10 @@ TEXTS: Final = {
     ),
     "labels-lost-to-shape": "--shape cut off labelled voxels of the mask; to keep them, use a larger --shape",
     "labels-lost-to-reference": "labelled voxels of the mask lie outside the grid of --reference",
+    "labels-lost-to-align": (
+        "labelled voxels of the mask lie outside the first image of their example, to whose grid --align "
+        "brings them"
+    ),
     "beyond-field-of-view": (
         "an image ends within the grid of --reference; beyond it, images have their least value and masks 0"
     ),
@@ -45,6 +49,7 @@ OF_VOXELS: Final = frozenset(
         "labels-lost-to-crop",
         "labels-lost-to-shape",
         "labels-lost-to-reference",
+        "labels-lost-to-align",
         "beyond-field-of-view",
     }
 )

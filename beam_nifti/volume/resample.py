@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.volume.grid import Resampling, coarse_axis
-from beam_nifti.volume.label_map import pick_mixed, pick_nearest
+from beam_nifti.volume.label_map import nearest, pick_mixed, pick_nearest
 from beam_nifti.volume.rescale import Scaling, Voxels
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Interpolation:
         positions = list(map(resampling.positions, range(3)))
         axis = coarse_axis(resampling) if self.separate_z else None
         if axis is not None:
-            positions[axis] = np.floor(positions[axis] + 0.5)
+            positions[axis] = nearest(positions[axis])
         return positions, axis
 
 

@@ -12,7 +12,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.storage import paths as storage
-from beam_nifti.volume.align import align_labels, align_voxels
+from beam_nifti.volume.align import align_labels, align_voxels, loses_labels
 from beam_nifti.volume.files import FileStats, ReadHeader, Source, open_image, read_header
 from beam_nifti.volume.formats import parse_header
 from beam_nifti.volume.grid import (
@@ -236,7 +236,10 @@ def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeH
     parse = _parser(row, record.num_channels, record, image)
     mask = load_mask(path, storage.join(folder, path), parse, record)
     labels, _ = _bring_onto(image, mask.labels, Scaling(), mask.header, record, is_mask=True)
-    return _LoadedImage(mask.header, labels, Scaling(), mask.stats, mask.mapped)
+    header = mask.header
+    if record.align is not None and loses_labels(mask.labels, header.grid, image.grid):
+        header = replace(header, notes=join_notes([header.notes, ["labels-lost-to-align"]]))
+    return _LoadedImage(header, labels, Scaling(), mask.stats, mask.mapped)
 
 
 def _assemble(

@@ -141,6 +141,7 @@ def test_files_of_macos_are_skipped_even_if_they_are_listed(tmp_path: Path, caps
     root = decathlon(tmp_path, training=listed, numTraining=1)
     rows, notes = rows_of(capsys, "msd", str(root), "--only=train")
     assert [row["case_id"] for row in rows] == ["la_3"]
+    assert "split" not in rows[0]  # so that splits can be drawn
     assert notes[:2] == [
         "not used: 1 file of macOS (imagesTr/._la_3.nii.gz)",
         "not used: 1 image of imagesTr (la_1.nii.gz) that dataset.json does not list",

@@ -400,7 +400,9 @@ def test_other_images_come_to_the_grid_of_the_first(
     labels = np.asanyarray(images["mask"].dataobj)  # type: ignore[attr-defined]
     assert volume.mask is not None
     assert np.array_equal(volume.mask, align_labels(labels, grids["mask"], grids["T1w"], how))
-    assert volume.notes == (() if covers(grids["T2w"], grids["T1w"]) else ("beyond-other-image",))
+    notes = [] if covers(grids["T2w"], grids["T1w"]) else ["beyond-other-image"]
+    notes += ["labels-lost-to-align"] if loses_labels(labels, grids["mask"], grids["T1w"]) else []
+    assert volume.notes == tuple(notes)
 
 
 @pytest.mark.parametrize("code", CODES)
