@@ -149,7 +149,7 @@ def _check_columns(
             remedy = _GIVE_THAT_OF_DATASET if is_of_dataset else f"choose one with {flag}"
             problems.add(f"no column {name!r}; the columns are: {present}; {remedy}")
     if splitting and "split" in table.column_names:
-        remedy = "drop --split (--without split if --like or --config gives it), or rename the column"
+        remedy = "rename the column, or drop --split (--without split if --like or --config gives it)"
         problems.add(f"has a column 'split' already; {_GIVE_THAT_OF_DATASET if is_of_dataset else remedy}")
     for name, meant in _misspelled(table.column_names, columns):
         problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
