@@ -69,21 +69,36 @@ def refuse_withdrawn(manifest: Manifest, published: DatasetInfo) -> None:
     """Refuse rows of participants who were withdrawn from the dataset in the output.
 
     Raises:
-        ManifestError: there are such rows.
+        ManifestError: there are such rows, or participants have other names than in the dataset, whose hashes
+            then cannot be compared.
     """
     if not published.withdrawals:
         return
+    problems = Problems(manifest.path)
+    if _naming_of(manifest.table.column_names, manifest.columns.id, manifest.key_check) != _naming_of(
+        published.manifest["columns"], published.config["columns"]["id"], published.manifest.get("key_check")
+    ):
+        problems.add(
+            "participants were withdrawn from the dataset in OUTPUT, and cannot be recognized by other ids; "
+            "keep the columns of ids and the key, or choose another OUTPUT and drop their rows"
+        )
+        problems.stop()
     people = people_of(manifest)
     names = pc.unique(people).to_pylist()
     found = find_withdrawn(names, published.withdrawn, published.withdrawals)
     if not found:
         return
-    problems = Problems(manifest.path)
     for at, name in enumerate(people.to_pylist()):
         if name in found:
             named = "" if manifest.key_check else f" ({name})"
             problems.add(f"row {at + 1}{named}: was withdrawn from the dataset in OUTPUT; drop the row")
     problems.stop()
+
+
+def _naming_of(columns: Sequence[str], id_column: str | None, key_check: str | None) -> tuple[object, ...]:
+    """What decides how a dataset names a participant."""
+    has_people = "participant_id" in columns
+    return has_people, None if has_people else id_column, key_check
 
 
 def withdraw_people(
@@ -119,13 +134,17 @@ def withdraw_people(
     path = storage.absolute(manifest)
     if rows is None and storage.exists(path):
         rows = storage.read(path)
-    known = read_manifest(path, info.columns, info.splitting, pseudonyms, content=rows, is_of_dataset=True)
+    given = known = _read(path, rows, info, pseudonyms)
+    present = people_of(known)
+    if was := find_withdrawn(pc.unique(present).to_pylist(), info.withdrawn, info.withdrawals):
+        rows = _drop(path, rows, pc.is_in(present, value_set=pa.array([*was], pa.string())))
+        path = storage.join(storage.dirname(path), "manifest.parquet")
+        known = _read(path, rows, info, pseudonyms)
     num_rows = info.manifest["num_rows"]
     if len(known) < num_rows or known.digest(num_rows) != info.manifest["digest"]:
         raise UsageError(
-            f"{path}: is not the manifest that {output} was built from; give that one, with the rows of the "
-            "participants, but without those of participants who were withdrawn before; rows may have been "
-            "appended"
+            f"{given.path}: is not the manifest that {output} was built from; give that one, with the rows "
+            "of the participants; rows may have been appended"
         )
     left = {name: text for name, text in names.items() if name not in gone}
     people = _find(known, left, num_rows, output)
@@ -134,7 +153,7 @@ def withdraw_people(
     with rewrite.opened(overwrite=overwrite, is_strict=True):
         finish = _stated(rewrite, people)
         made = rewrite.run(finish, current_progress(), workers)
-    _tell(known, people, output)
+    _tell(given, people, output)
     return made
 
 
@@ -194,16 +213,23 @@ def _without(
     path: str, rows: bytes | None, people: _People, info: DatasetInfo, pseudonyms: Pseudonyms | None
 ) -> Manifest:
     """The manifest that the dataset was built from, without the rows of the participants."""
-    table = read_table(path, content=rows).slice(0, len(people.is_theirs)).filter(pc.invert(people.is_theirs))
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(table, sink)
     beside = storage.join(storage.dirname(path), "manifest.parquet")
     try:
-        return read_manifest(
-            beside, info.columns, info.splitting, pseudonyms, content=sink.getvalue(), is_of_dataset=True
-        )
+        return _read(beside, _drop(path, rows, people.is_theirs), info, pseudonyms)
     except ManifestError as e:
         raise ManifestError(path, e.problems, "not usable without the participants") from e
+
+
+def _read(path: str, rows: bytes | None, info: DatasetInfo, pseudonyms: Pseudonyms | None) -> Manifest:
+    return read_manifest(path, info.columns, info.splitting, pseudonyms, content=rows, is_of_dataset=True)
+
+
+def _drop(path: str, rows: bytes | None, is_dropped: pa.BooleanArray) -> bytes:
+    """As many rows of a manifest as `is_dropped` has, without those that it marks, as a Parquet file."""
+    sink = io.BytesIO()
+    table = read_table(path, content=rows).slice(0, len(is_dropped)).filter(pc.invert(is_dropped))
+    pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue()
 
 
 def _stated(rewrite: Rewrite, people: _People) -> DatasetInfo:

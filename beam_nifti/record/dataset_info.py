@@ -466,8 +466,8 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
         raise ValueError(
             f"labels are {', '.join(map(str, info.labels)) or 'none'}, but the columns are {named!r}"
         )
-    if not _FINGERPRINT.fullmatch(config["fingerprint"]):
-        raise ValueError(f"config.fingerprint is {config['fingerprint']!r}, expected 16 hex digits")
+    if not _FINGERPRINT.fullmatch(fingerprint := config.get("fingerprint", "")):
+        raise ValueError(f"config.fingerprint is {fingerprint!r}, expected 16 hex digits")
     if info.dtype not in TENSOR_DTYPES:
         raise ValueError(f"dtype is {info.dtype!r}, expected one of {', '.join(TENSOR_DTYPES)}")
     if record.voxel_dtype not in ("native", info.dtype):

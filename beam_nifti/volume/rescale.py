@@ -84,7 +84,10 @@ def float_limits(name: str) -> Any:
     return np.finfo(name)
 
 
-def measure(voxels: Voxels, scaling: Scaling, remedy: str = "mask them or repair the image") -> Intensity:
+FINITE_REMEDY: Final = "replace them with --nonfinite, or repair the image"
+
+
+def measure(voxels: Voxels, scaling: Scaling, remedy: str = FINITE_REMEDY) -> Intensity:
     """A volume's range, mean and standard deviation.
 
     The range is exact; the mean is within 1e-12 of it, and the standard deviation within 1e-7 of it.

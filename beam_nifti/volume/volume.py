@@ -39,6 +39,7 @@ from beam_nifti.volume.nonfinite import replace_nonfinite
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.resample import Interpolation
 from beam_nifti.volume.rescale import (
+    FINITE_REMEDY,
     Intensity,
     RescaleRange,
     Scaling,
@@ -485,7 +486,7 @@ def _rescale(
     voxels: Voxels, volume: Volume, config: RecordConfig, number: int
 ) -> tuple[Intensity, RescaleRange | None, Voxels]:
     scaling = volume.scaling
-    remedy = "replace them with --nonfinite, or repair the image"
+    remedy = FINITE_REMEDY
     if config.nonfinite is not None:  # so they came after the replacement
         remedy = (
             "they came with the preparation, which --nonfinite precedes; repair the function or the image"

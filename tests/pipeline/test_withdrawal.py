@@ -15,7 +15,7 @@ import pytest
 import beam_nifti as bn
 from beam_nifti.cli import main as cli
 from beam_nifti.config import Columns, RecordConfig, Sharding, Splitting
-from beam_nifti.errors import OutputError, UsageError
+from beam_nifti.errors import ManifestError, OutputError, UsageError
 from beam_nifti.manifest.pseudonyms import read_pseudonyms
 from beam_nifti.manifest.tables import read_table
 from beam_nifti.record.dataset_info import DatasetInfo
@@ -325,6 +325,44 @@ def test_a_table_in_memory_is_a_manifest(study: Path, dataset: Path, tmp_path: P
     for output, manifest in ((dataset, study), (other, rows)):
         bn.withdraw(output, "p6", manifest=manifest, progress=False)  # type: ignore[arg-type]
     assert contents(dataset) == contents(other)
+
+
+def test_several_withdrawals_take_one_manifest(study: Path, dataset: Path, tmp_path: Path) -> None:
+    for people in ("p1", ("p1", "p5"), "p2"):
+        bn.withdraw(dataset, people, manifest=study, progress=False)
+    rest = without(study, ("p1", "p5", "p2"))
+    fresh = build_dataset(rest, tmp_path / "fresh", sharding=Sharding(num_shards=2), max_bad_fraction=0.5)
+    assert [row["example_id"] for row in index_rows(dataset)] == [
+        row["example_id"] for row in index_rows(fresh)
+    ]
+    assert bn.verify(dataset, manifest=rest, deep=2)
+    assert [each.num_people for each in info_of(dataset).withdrawals] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("first", "then"), [(None, 1), (1, 2), (1, None)])
+def test_nobody_comes_back_by_another_id(
+    study: Path, tmp_path: Path, first: int | None, then: int | None
+) -> None:
+    def key(number: int | None) -> Path | None:
+        path = tmp_path / f"key{number}"
+        path.write_bytes(bytes([number or 0]) * 32)
+        return path if number else None
+
+    def build(manifest: Path, number: int | None) -> None:
+        options = {"max_bad_fraction": 0.5, "overwrite": True, "workers": 1, "progress": False}
+        bn.build(manifest, output, anonymous_ids=key(number), **options)  # type: ignore[arg-type]
+
+    named = ("second", "mask", "bold", "runs", "some")
+    everybody, rest = (without(study, people, named) for people in ((), ("p1",)))
+    output = tmp_path / "out"
+    build(everybody, first)
+    bn.withdraw(output, "p1", manifest=everybody, anonymous_ids=key(first), progress=False)
+    for manifest in (everybody, rest):
+        with pytest.raises(ManifestError, match="cannot be recognized by other ids; keep the columns"):
+            build(manifest, then)
+    with pytest.raises(ManifestError, match="was withdrawn from the dataset in output; drop the row"):
+        build(everybody, first)
+    build(rest, first)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_scaling_applies_as_nibabel_does() -> None:
 def test_one_bad_voxel_is_found_and_counted(dtype: str, bad: float, where: int) -> None:
     voxels = random_voxels((5, 4, 3), dtype)
     voxels.ravel()[where] = bad
-    with pytest.raises(VolumeError, match=r"^1 of 60 voxels are NaN or infinite; mask them"):
+    with pytest.raises(VolumeError, match=r"^1 of 60 voxels are NaN or infinite; replace them"):
         measure(voxels, NONE)
 
 
