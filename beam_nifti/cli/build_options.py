@@ -171,7 +171,9 @@ _HELP: Final = {
 """Descriptions of the options that no other command has."""
 
 _HELP_OF_CHECK: Final = _HELP | {
-    "temp_location": "folder or URL for temporary files on a cluster; default: the folder of --out"
+    "max_bad_fraction": "exit with 0 if at most this fraction of the volumes (with --frames each, of all "
+    "frames) would fail; default: 0",
+    "temp_location": "folder or URL for temporary files on a cluster; default: the folder of --out",
 }
 
 _HELP_OF_ANALYZE: Final = _HELP | {

@@ -38,7 +38,7 @@ are reported on standard error.
 _MSD_EXAMPLES = """\
 examples:
   beam-nifti manifest msd Task02_Heart --out heart.tsv
-  beam-nifti build heart.tsv dataset --id-column case_id --mask-column mask
+  beam-nifti build heart.tsv dataset --id-column case_id --mask-column mask --missing-mask skip
   beam-nifti manifest msd nnUNet_raw/Dataset001_BrainTumour --only train --out tumours.tsv
   beam-nifti build tumours.tsv dataset --id-column case_id --path-column FLAIR,T1w,T1gd,T2w --mask-column mask
 
