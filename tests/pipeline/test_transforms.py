@@ -329,7 +329,7 @@ def test_a_row_with_more_or_fewer_files_than_are_read_is_refused(tmp_path: Path)
     [
         ("scan", {}, r"no column 'path'; the columns are: scan; choose one with Columns\.path$"),
         ("path", {"columns": Columns(mask="seg")}, r"no column 'seg'; .*; choose one with Columns\.mask$"),
-        ("path\tsplit", {"splitting": Splitting({"a": 1})}, "; drop splitting, or rename the column$"),
+        ("path\tsplit", {"splitting": Splitting({"a": 1})}, "; rename the column, or drop splitting$"),
         (
             "path\tlabel",
             {"columns": Columns(label="label")},
