@@ -185,7 +185,7 @@ class BuildSummary:
 class TooManyFailures(BeamNiftiError):
     """More volumes failed than the build allows; the dataset is not published.
 
-    Finished records are kept: the next build of the same output loads only the volumes that failed.
+    Finished records are kept: the next build into the same output loads only the volumes that failed.
 
     Attributes:
         summary: how the build ended.

@@ -153,9 +153,9 @@ def run(python: str, script: str, *arguments: str) -> float:
 
 
 def ramp_error(voxels: np.ndarray, affine: np.ndarray, ramp: np.ndarray) -> float:
-    """By how many millimetres the values of a ramp image lie beside where the affine puts them.
+    """Largest distance, in millimetres, between the position that a value states and that of the affine.
 
-    Voxels at the edges, where padding and cropping show, are left out, and so is what the range became.
+    Edges, where padding and cropping show, are left out; scale and offset of the values are fitted.
     """
     inner = tuple(slice(n // 4, -(n // 4)) for n in voxels.shape)
     places = np.stack(np.meshgrid(*map(np.arange, voxels.shape), indexing="ij"), -1)[inner] @ affine[:3, :3].T

@@ -147,7 +147,7 @@ def main() -> None:
     for case in cases:
         path = folder / case.file
         if not path.exists():
-            # A process of its own: a child's peak memory is never below that of its parent's.
+            # A process of its own: a child's peak memory is never below its parent's.
             shape = "x".join(map(str, case.shape))
             command = [sys.executable, __file__, "--make", str(path), shape, case.dtype]
             subprocess.run(command, check=True)

@@ -411,7 +411,7 @@ def run(name: str, step: str, case: str, source: Path, folder: Path, peers: str)
 def table(case: str, names: list[str], repeat: int, peers: str, scratch: Path) -> Iterator[str]:
     shape, edge, _ = CASES[case]
     source = scratch / f"{case}.nii"
-    # A process of its own: a child's peak memory is never below that of its parent's.
+    # A process of its own: a child's peak memory is never below its parent's.
     subprocess.run([sys.executable, __file__, "--step", "make", "", case, str(source), ""], check=True)
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     failed = dict[str, str]()

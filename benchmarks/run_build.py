@@ -251,7 +251,7 @@ def main() -> None:
     manifests = {size: folder / f"manifest-{size}.tsv" for size in SIZES}
     for size, manifest in manifests.items():
         if not manifest.exists():
-            # A process of its own: a child's peak memory is never below that of its parent's.
+            # A process of its own: a child's peak memory is never below its parent's.
             script = str(HERE / "make_cohort.py")
             subprocess.run([sys.executable, script, str(size), str(folder)], check=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -149,7 +149,7 @@ def test_a_param_that_does_not_fit_is_refused_before_the_run(
 
 
 def test_a_default_for_no_param_is_refused(module: ModuleType) -> None:
-    with pytest.raises(TypeError, match="outptu: no params; choose from manifest, output"):
+    with pytest.raises(TypeError, match="unknown params: outptu; choose from manifest, output"):
         module.make_dag("cohort", manifest="/data/manifest.tsv", outptu="/data/dataset")
 
 

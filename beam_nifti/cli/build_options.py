@@ -72,16 +72,16 @@ _HELP: Final = {
     "mask_column": "column of label maps: images of whole numbers, on the voxel grid of the images unless "
     "--align is given. They are prepared like the images, and stored without rescaling; default: none",
     "label_column": "column of labels: numbers, or the names of classes; or several columns, such as "
-    "age,sex:class,subtype, each stored in its own feature label/NAME. KIND is float, class (stored as the "
-    "number of the class) or string; without it, float if all values are numbers, and class if none is. "
-    "Default: the column label, if there is one",
+    "age,sex:class,subtype, each stored in its own feature label/NAME. NAME:KIND chooses how the values are "
+    "stored: as float, class (the number of the class) or string; without KIND, float if all values are "
+    "numbers, and class if none is. Default: the column label, if there is one",
     "missing_label": "what to do with rows whose label is empty, n/a or NaN. nan: store NaN, the class -1, "
     "or an empty string; skip: skip and count these rows; default: report an error",
     "missing_mask": "what to do with rows whose cell of the mask is empty, n/a or NaN. empty: store a mask "
     "of zeros; skip: skip and count these rows; default: report an error",
     "id_column": "column with a unique name for each example; default: participant_id, joined with "
     "session_id if there is one, or else the path",
-    "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. KEYFILE must "
+    "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. the file must "
     "hold at least 16 random bytes, such as from `head -c 32 /dev/urandom`, and the workers must be able "
     "to read it; default: names are kept",
     "split": "assign participants to splits at random, in these shares, which sum to 1, such as "
@@ -96,7 +96,7 @@ _HELP: Final = {
     "at least one whole image; default: chosen from the first image's header, for shards of about 200 MB",
     "num_shards": "number of shards in each split, instead of --examples-per-shard",
     "compression": "compression of the shards; default: gzip",
-    "shuffle_seed": "shuffle the rows of each split; the same N gives the same order on every machine; "
+    "shuffle_seed": "shuffle the rows of each split; the same seed gives the same order on every machine; "
     "default: the manifest's order",
     "compression_level": "level of igzip, 0 (fastest) to 3; default: 2, which compresses float32 voxels best",
     "rescale": "which intensities of a volume become 0 and 1. minmax (default): the smallest and the "
@@ -125,8 +125,8 @@ _HELP: Final = {
     "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); each:N: every N frames, as channels of "
     "a separate example; first, or a number from 0: that "
     "frame; mean: the mean of the frames; default: 4-D images are refused",
-    "max_frames": "for --frames each of images that differ in their number of frames: the most that one may "
-    "have; default: all images must have as many as the first",
+    "max_frames": "most frames of an image, for images with different numbers of frames and --frames each; "
+    "default: all images must have as many frames as the first",
     "complex": "what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
     "channels; default: complex images are refused",
     "allow_mixed_shapes": "accept volumes whose shape differs from the first image's",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from beam_nifti import __version__
 from beam_nifti.cli import build_options, dataset_options, manifest_options
@@ -19,6 +20,9 @@ from beam_nifti.support.terminal import write_result
 
 BEAM_COMMANDS = ("analyze", "build", "check", "report")
 """Commands that run a pipeline, and therefore accept Beam's flags."""
+
+
+_SWITCH_WITH_VALUE: Final = re.compile(r"argument (--[\w-]+)(?:/\S+)?: ignored explicit argument '(.*)'")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +38,8 @@ class _Parser(argparse.ArgumentParser):
         Raises:
             UsageError: always.
         """
+        if with_value := _SWITCH_WITH_VALUE.fullmatch(message):
+            raise UsageError(f"{with_value[1]} takes no value; drop ={with_value[2]}")
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 

@@ -29,6 +29,7 @@ from beam_nifti.support import logs
 from beam_nifti.support.calls import split_call
 from beam_nifti.support.outcomes import may_pass
 from beam_nifti.support.strict_json import dump_json
+from beam_nifti.support.wording import counted
 from beam_nifti.volume.user_function import source_sha256
 
 DERIVED: Final = frozenset({"fingerprint", "channels"})
@@ -255,7 +256,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, Mapping) and "num_volumes" in value:
         of_channels = (f"mean {c['mean']:.6g}, std {c['std']:.6g}" for c in value["channels"])
         digest = hashlib.sha256(dump_json(value, sort_keys=True).encode()).hexdigest()[:8]
-        return f"{digest}: {value['num_volumes']:,} volumes, {'; '.join(of_channels)}"
+        return f"{digest}: {counted(value['num_volumes'], 'volume')}, {'; '.join(of_channels)}"
     if isinstance(value, Mapping) and value.keys() == ReferenceGrid.__dataclass_fields__.keys():
         affine = ",".join(map(value_text, value["affine"]))
         return f"{ReferenceGrid(**value)} with the affine {affine}"

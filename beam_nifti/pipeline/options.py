@@ -123,8 +123,8 @@ class BuildOptions(TypedDict, total=False):
         mask_interpolation: labels between voxel centres: "nearest" (default), or "linear", the label with the
             largest share.
         antialias: whether images are smoothed by a Gaussian before axes get fewer voxels. Default: False.
-        separate_z: "auto" resamples anisotropic volumes by nearest neighbours along the axis of the longest
-            voxels, as nnU-Net. Default: "never".
+        separate_z: "auto" resamples anisotropic volumes by nearest neighbours along the axis with the longest
+            voxels, as nnU-Net does. Default: "never".
         crop_foreground: voxels whose bounding box is kept, as for `rescale_within`. Default: no cropping.
         shape: (x, y, z) in voxels that volumes are cropped and padded to. Default: unchanged.
         max_bad_fraction: fraction of volumes that may fail, 0 to 1. Default: 0.

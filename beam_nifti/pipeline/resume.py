@@ -1,6 +1,6 @@
 """Which existing records a build may reuse; the same rules hold for finished and unfinished datasets.
 
-A record is taken only where a build of an empty output would make the same one.
+A record is taken only where a build into an empty output would make the same one.
 """
 
 from __future__ import annotations

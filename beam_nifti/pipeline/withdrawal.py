@@ -1,4 +1,4 @@
-"""Removes participants from a dataset whose consent was withdrawn."""
+"""Removes participants who withdrew their consent from a dataset."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def _tell(manifest: Manifest, people: _People, output: str) -> None:
     theirs = {*people.names}
     rows = [at + 1 for at, name in enumerate(people_of(manifest).to_pylist()) if name in theirs]
     logs.LOGGER.warning(
-        "%s: drop %s %s; builds of %s refuse %s",
+        "%s: drop %s %s; builds into %s refuse %s",
         manifest.path,
         "row" if len(rows) == 1 else "rows",
         first_few(rows, _SHOWN),

@@ -176,7 +176,8 @@ class PatchGrid:
         if found is None or number + 1 != len(self):
             count = f"more than {len(self)}" if number == len(self) else number + 1
             raise UsageError(
-                f"there are {count} predictions for {len(self)} patches; give one for each, in order"
+                f"the number of predictions is {count}, but there are {len(self)} patches; give one for "
+                "each, in order"
             )
         found /= mass
         return found[..., 0] if is_flat else np.ascontiguousarray(np.moveaxis(found, -1, axis))

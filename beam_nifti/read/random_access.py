@@ -43,8 +43,8 @@ class Dataset:
     - "image": float32 of shape (X, Y, Z, 1), or (X, Y, Z, C) if records have C frames, components or images,
       in C order; the same bits as from `beam_nifti.reader.load_dataset`.
     - "mask": shape (X, Y, Z, 1), in its stored dtype.
-    - "label": float32, as in the record; NaN in a dataset without labels. If the first label is a string,
-      "label/NAME" replaces it.
+    - "label": float32, as in the record; refused if the dataset has no labels. If the first label is a
+      string, "label/NAME" replaces it.
     - "id": str.
     - "affine": float64 of shape (4, 4), from voxel indices to millimetres in RAS+.
     - "zooms": float64 of shape (3,), the voxel sizes in millimetres.

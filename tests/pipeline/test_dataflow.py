@@ -254,7 +254,8 @@ def help_text(name: str) -> str:
     text = re.sub(r"--([a-z-]+)", lambda found: found[1].replace("-", "_"), str(action.help))
     switch = "true: " if action.nargs == 0 else ""
     text = f"{switch}{text.replace('%%', '%').rstrip('.')}."
-    return text[0].upper() + text[1:] if action.nargs != 0 else text
+    is_value = any(text.startswith(f"{choice}:") for choice in action.choices or ())
+    return text if action.nargs == 0 or is_value else text[0].upper() + text[1:]
 
 
 def test_a_parameter_has_the_help_of_its_option() -> None:

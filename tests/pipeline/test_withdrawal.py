@@ -481,7 +481,7 @@ def test_the_command(study: Path, dataset: Path, tmp_path: Path, capsys: pytest.
     said = capsys.readouterr()
     assert said.out.startswith("withdrawn 2 participants with 3 examples and 1 failure, in revision 2 (")
     assert "dataset   9 examples, 4 shards, " in said.out
-    assert f"{study}: drop rows 3, 4, 5, 6; builds of {dataset} refuse them" in said.err
+    assert f"{study}: drop rows 3, 4, 5, 6; builds into {dataset} refuse them" in said.err
     assert json.loads(summary.read_text())["num_examples"] == 9
     assert cli.main(["inspect", str(dataset)]) == cli.SUCCESS
     assert "withdrawn     2 participants with 3 examples and 1 failure, in rev" in capsys.readouterr().out

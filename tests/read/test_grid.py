@@ -219,13 +219,13 @@ def test_only_a_file_that_may_be_replaced_is(dataset: Path, tmp_path: Path) -> N
         (lambda r: r.grid_patches(0, PATCH, "half"), "overlap is 'half'"),
         (
             lambda r: r.grid_patches(0, PATCH, 0).stitch([np.zeros(PATCH)] * 17),
-            "there are 17 predictions for 18 patches; give one for each",
+            "the number of predictions is 17, but there are 18 patches; give one for each",
         ),
         (
             lambda r: r.grid_patches(0, PATCH, 0).stitch([np.zeros(PATCH)] * 19),
-            "there are more than 18 predictions for 18",
+            "the number of predictions is more than 18, but there are 18",
         ),
-        (lambda r: r.grid_patches(0, PATCH, 0).stitch([]), "there are 0 predictions for"),
+        (lambda r: r.grid_patches(0, PATCH, 0).stitch([]), "the number of predictions is 0, but"),
         (
             lambda r: r.grid_patches(0, PATCH).stitch([np.zeros((1, *PATCH))]),
             r"prediction 0 .* \(1, 16, 12, 14\), expected \(16, 12, 14\) or \(16, 12, 14, C\); give",
