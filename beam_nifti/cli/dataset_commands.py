@@ -68,21 +68,11 @@ def convert(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     info = api.convert(
         options.old, options.output, workers=options.workers, progress=CommandWatcher(run, options)
     )
-    run.know(
-        fingerprint=info.config["fingerprint"],
-        num_examples=info.num_examples,
-        num_failed=info.num_failures,
-        failures_path=storage.join(output, info.failures) if info.failures else None,
-        num_shards=len(info.shards),
-        num_bytes=info.num_bytes,
-    )
+    _know(run, info)
     with while_read():
         if run.num_kept:
             print_line(f"kept     {counted(run.num_kept, 'example')} of an earlier run")
-        print_line(
-            f"dataset  {counted(info.num_examples, 'example')}, {counted(len(info.shards), 'shard')}, "
-            f"{bytes_text(info.num_bytes)}: {output}"
-        )
+        print_line(f"dataset  {_size_of(info)}: {output}")
         if info.failures:
             print_line(f"failed   {counted(info.num_failures, 'volume')}, listed in {run.failures_path}")
         call = info.loading_call(output, batch_size=8)
@@ -106,15 +96,12 @@ def relabel(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     )
     _know(run, info)
     with while_read():
-        print_line(
-            f"dataset  {counted(info.num_examples, 'example')}, {counted(len(info.shards), 'shard')}, "
-            f"{bytes_text(info.num_bytes)}: {run.output}"
-        )
+        print_line(f"dataset  {_size_of(info)}: {run.output}")
     return SUCCESS
 
 
 def _know(run: RunSummary, info: DatasetInfo) -> None:
-    """Note the dataset that was made in the place of another one."""
+    """Note the dataset that was made of another one."""
     assert run.output is not None
     run.know(
         fingerprint=info.config["fingerprint"],
@@ -124,6 +111,11 @@ def _know(run: RunSummary, info: DatasetInfo) -> None:
         num_shards=len(info.shards),
         num_bytes=info.num_bytes,
     )
+
+
+def _size_of(info: DatasetInfo) -> str:
+    examples, shards = counted(info.num_examples, "example"), counted(len(info.shards), "shard")
+    return f"{examples}, {shards}, {bytes_text(info.num_bytes)}"
 
 
 def withdraw(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
@@ -144,10 +136,7 @@ def withdraw(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     _know(run, info)
     with while_read():
         print_line(f"withdrawn {withdrawal_text(asdict(info.withdrawals[-1]))}")
-        print_line(
-            f"dataset   {counted(info.num_examples, 'example')}, {counted(len(info.shards), 'shard')}, "
-            f"{bytes_text(info.num_bytes)}: {run.output}"
-        )
+        print_line(f"dataset   {_size_of(info)}: {run.output}")
     return SUCCESS
 
 

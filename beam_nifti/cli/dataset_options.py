@@ -178,15 +178,7 @@ def _add_relabel(commands: Commands) -> None:
         choices=MISSING_LABELS,
         help="what to do with rows without a label, as for build; default: as in the dataset",
     )
-    relabel.add_argument(
-        "--anonymous-ids",
-        metavar="KEYFILE",
-        help="file of the key that the dataset was built with, if its ids are anonymous",
-    )
-    _add_discard(relabel)
-    add_workers(relabel, "; each writes one shard at a time")
-    add_quiet(relabel)
-    add_summary(relabel)
+    _add_rewriting(relabel)
 
 
 def _add_withdraw(commands: Commands) -> None:
@@ -207,23 +199,24 @@ def _add_withdraw(commands: Commands) -> None:
         metavar="MANIFEST",
         help="table that the dataset was built from, which still has the participants' rows",
     )
-    withdraw.add_argument(
+    _add_rewriting(withdraw)
+
+
+def _add_rewriting(command: argparse.ArgumentParser) -> None:
+    """Add the options that `relabel` and `withdraw` share."""
+    command.add_argument(
         "--anonymous-ids",
         metavar="KEYFILE",
         help="file of the key that the dataset was built with, if its ids are anonymous",
     )
-    _add_discard(withdraw)
-    add_workers(withdraw, "; each writes one shard at a time")
-    add_quiet(withdraw)
-    add_summary(withdraw)
-
-
-def _add_discard(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--overwrite",
         action="store_true",
         help="discard an unfinished build in OUTPUT; default: it is refused",
     )
+    add_workers(command, "; each writes one shard at a time")
+    add_quiet(command)
+    add_summary(command)
 
 
 def _add_inspect(commands: Commands) -> None:

@@ -96,10 +96,7 @@ def _joined(earlier: RecordConfig | None, config: RecordConfig, names: Iterable[
     """The configuration of earlier steps with the fields of this one. All steps of a build have the same."""
     if earlier is None or earlier == config:
         return config
-    chosen = {name: getattr(config, name) for name in names}
-    if chosen.get("nonfinite", "") is None:  # voxels may have been replaced before an alignment
-        del chosen["nonfinite"]
-    return replace(earlier, **chosen)
+    return replace(earlier, **{name: getattr(config, name) for name in names})
 
 
 class LoadVolumeFn(beam.DoFn):
