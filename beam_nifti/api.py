@@ -517,6 +517,7 @@ def report(
     out: Path | None = None,
     *,
     pictures: SupportsIndex = 1000,
+    by: str | None = None,
     workers: SupportsIndex | None = None,
     runner: str | None = None,
     pipeline_options: BeamOptions = None,
@@ -530,16 +531,17 @@ def report(
             replaced. Default: report.html in the working directory; required on a cluster, whose workers
             must be able to write it.
         pictures: number of volumes to show besides the outliers, evenly spread.
+        by: column of the index, such as a site or a scanner, by which to compare intensities.
         workers: number of threads. Default: all cores.
         runner: same as for `build`.
         pipeline_options: same as for `build`.
         progress: same as for `build`.
 
     Returns:
-        A summary of the page; `problems` lists what is damaged.
+        A summary of the page; `problems` lists what is damaged, `copies` the records with the same image.
 
     Raises:
-        UsageError: an option is invalid.
+        UsageError: an option is invalid, or the index has no column `by`.
         DatasetError: there is no complete dataset.
         OutputError: the page cannot be written.
         EngineError: the runner or a worker failed.
@@ -571,4 +573,4 @@ def report(
 
     info = read_info(config.output)
     with running(engine, watcher, info.num_examples, "record", "the report stopped"):
-        return write_report(config.output, info, page, engine.options, num_pictures=num_pictures)
+        return write_report(config.output, info, page, engine.options, num_pictures=num_pictures, by=by)
