@@ -72,6 +72,32 @@ def write_heads(folder: Path, count: int = 24) -> Path:
     return write_manifest(folder / "manifest.tsv", rows)
 
 
+def write_study(folder: Path) -> Path:
+    """Heads with masks of two labels, of a site with bright images, and with copies in both splits."""
+    rows = []
+    for number in range(14):
+        voxels = np.roll(head(number), number % 5, 1).astype(np.int16)
+        site = "bright" if number % 2 else "dark"
+        write_image(folder / f"{number}.nii", voxels + 5000 * (site == "bright"))
+        mask = (voxels > 300).astype(np.uint8) + (voxels > 500) * (number < 7)
+        write_image(folder / f"{number}-mask.nii", mask.astype(np.uint8))
+        files = {"path": f"{number}.nii", "mask": f"{number}-mask.nii"}
+        rows.append({"participant_id": f"p{number:02}", **files, "site": site, "sex": "FFM"[number % 3]})
+        rows[-1]["split"] = "test" if number >= 10 else "train"
+    # The same voxels with another header, and reordered with the same positions in space.
+    for like, name in ((3, "header"), (5, "turned")):
+        for end in ("", "-mask"):
+            image = nib.load(folder / f"{like}{end}.nii")
+            if name == "header":
+                image = nib.Nifti1Image(np.asarray(image.dataobj), np.diag([-3, 1, 1, 1]))
+            else:
+                image = image.as_reoriented(np.array([[0, -1], [1, -1], [2, 1]]))
+            nib.save(image, folder / f"{name}{end}.nii")
+        cells = {"participant_id": name, "path": f"{name}.nii", "mask": f"{name}-mask.nii"}
+        rows.append({**rows[like], **cells, "split": "test" if name == "header" else "train"})
+    return write_manifest(folder / "manifest.tsv", rows)
+
+
 def report(output: Path, out: Path, *, num_pictures: int = 1000, workers: int = 1) -> ReportSummary:
     """Write a report in this process."""
     return write_report(
@@ -315,33 +341,10 @@ def test_channels(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Heads with masks of two labels, of a site with bright images, and with copies in both splits."""
+    """A dataset of the study."""
     folder = tmp_path_factory.mktemp("study")
-    rows = []
-    for number in range(14):
-        voxels = np.roll(head(number), number % 5, 1).astype(np.int16)
-        site = "bright" if number % 2 else "dark"
-        write_image(folder / f"{number}.nii", voxels + 5000 * (site == "bright"))
-        mask = (voxels > 300).astype(np.uint8) + (voxels > 500) * (number < 7)
-        write_image(folder / f"{number}-mask.nii", mask.astype(np.uint8))
-        files = {"path": f"{number}.nii", "mask": f"{number}-mask.nii"}
-        rows.append({"participant_id": f"p{number:02}", **files, "site": site, "sex": "FFM"[number % 3]})
-        rows[-1]["split"] = "test" if number >= 10 else "train"
-    # The same voxels with another header, and reordered with the same positions in space.
-    for like, name in ((3, "header"), (5, "turned")):
-        for end in ("", "-mask"):
-            image = nib.load(folder / f"{like}{end}.nii")
-            if name == "header":
-                image = nib.Nifti1Image(np.asarray(image.dataobj), np.diag([-3, 1, 1, 1]))
-            else:
-                image = image.as_reoriented(np.array([[1, -1], [0, 1], [2, -1]]))
-            nib.save(image, folder / f"{name}{end}.nii")
-        cells = {"participant_id": name, "path": f"{name}.nii", "mask": f"{name}-mask.nii"}
-        rows.append({**rows[like], **cells, "split": "test" if name == "header" else "train"})
-    columns = Columns("path", "sex:class", mask="mask")
-    manifest = write_manifest(folder / "manifest.tsv", rows)
-    record = RecordConfig(rescale="none")
-    return build_dataset(manifest, folder / "dataset", record, columns=columns, allow_mixed_shapes=True)
+    columns, record = Columns("path", "sex:class", mask="mask"), RecordConfig(rescale="none")
+    return build_dataset(write_study(folder / "images"), folder / "dataset", record, columns=columns)
 
 
 @pytest.fixture(scope="module")
