@@ -2,9 +2,9 @@
 
 Prints Markdown. Each cohort is a folder of NIfTI images of different people. Another one is made here: the
 template of nilearn, deformed by 1.5 voxels of 2 mm, with another brightness and noise for each of 60 people.
-"Highest" is the highest similarity of two images of a cohort, and "false" the number of pairs above the limit.
-The other columns are the share of copies that are found, of up to 30 images, each of which is changed and
-added to the cohort by itself. The time is that of comparing random descriptors with each other.
+"Highest" is the highest similarity of two images, and "false" the number of pairs above the limit.
+The other columns are the share of up to 30 images whose changed copies are found. The time is that of
+comparing random descriptors with each other.
 
 Usage: copies.py [--records N] [FOLDER …]
 """
@@ -78,30 +78,23 @@ def grid_of(volume: Any) -> Any:
 
 
 def measure(name: str, volumes: Iterable[Any]) -> None:
-    grids, changed = [], []
+    found, changed = [], []
     for number, volume in enumerate(volumes):
-        grids.append(grid_of(volume))
+        found.append(grid_of(volume))
         if number < ADDED:
             changed.append([grid_of(change(volume)) for change in CHANGES.values()])
-    alike, _ = compare(np.array(grids))
-    found = np.zeros(len(CHANGES))
-    for number, copied in enumerate(changed):
-        for at, grid in enumerate(copied):
-            added, _ = compare(np.array([*grids, grid]))
-            found[at] += added[number, -1] > copies.LIMIT
-    apart = alike[np.triu_indices(len(grids), 1)]
-    shares = " | ".join(f"{share:.0%}" for share in found / len(changed))
+    grids, sample = np.array(found), copies.Sample()
+    sample.add(grids)
+    common = sample.common(grids.mean(0))
+    units = copies._floats(copies.describe(grids, common))
+    apart = (units @ units.T)[np.triu_indices(len(grids), 1)]
+    alike = [
+        units[number] @ copies._floats(copies.describe(np.array(copied), common)).T
+        for number, copied in enumerate(changed)
+    ]
+    shares = " | ".join(f"{share:.0%}" for share in np.mean(np.array(alike) > copies.LIMIT, axis=0))
     false = np.count_nonzero(apart > copies.LIMIT)
     print(f"| {name} | {len(grids)} | {apart.max():.2f} | {false} of {apart.size:,} | {shares} |", flush=True)
-
-
-def compare(grids: Any) -> tuple[Any, Any]:
-    """The similarity of each grid with each, and their descriptors."""
-    sample = copies.Sample()
-    sample.add(grids)
-    described = copies.describe(grids, sample.common(grids.mean(0)))
-    units = copies._floats(described)
-    return units @ units.T, described
 
 
 def main() -> None:
