@@ -559,6 +559,8 @@ def report(
     flags = flags_for(runner, pipeline_options, watcher)
     if (num_pictures := read_integer("--pictures", pictures)) < 0:
         raise UsageError(f"--pictures is {num_pictures}; it must be at least 0")
+    if by is not None and not isinstance(by, str):
+        raise UsageError(f"--by is {by!r}; give the name of a column of the index")
     # As engines know it: without a manifest, and with an output that workers must reach.
     threads = None if workers is None else read_integer("--workers", workers)
     config = BuildConfig(manifest="", output=dataset_path(dataset), workers=threads)
