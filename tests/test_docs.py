@@ -170,7 +170,16 @@ def test_the_example_of_a_function_is_one(tmp_path: Path) -> None:
 
 
 COMMANDS = (
-    *("manifest bids", "manifest msd", "manifest table", "manifest glob", "check", "analyze", "build"),
+    *(
+        "init",
+        "manifest bids",
+        "manifest msd",
+        "manifest table",
+        "manifest glob",
+        "check",
+        "analyze",
+        "build",
+    ),
     *("verify", "convert", "relabel", "withdraw", "inspect", "diff", "extract", "view", "card", "report"),
 )
 

@@ -376,6 +376,22 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
             participant; or a session has several images.
     """
     paths = drop_second_halves(sorted({path for pattern in patterns for path in _matches(pattern)}))
+    table = list_images(paths, folder, all_images=all_images)
+    return FoundImages(table, tuple(notes_on_content(paths)))
+
+
+def list_images(paths: Sequence[str], folder: str, *, all_images: bool | None = False) -> pa.Table:
+    """The manifest of some images, by participant, session and path.
+
+    Args:
+        paths: absolute paths, sorted.
+        folder: folder of the manifest; paths below it are made relative. "" for none.
+        all_images: keep several images of a session, and name each in a column `image_id`; None does so only
+            if there are several.
+
+    Raises:
+        UsageError: as `find_matching_images`.
+    """
     # What each path says last, in its name or in its folders; "" for nothing.
     participants, sessions = (
         [(pattern.findall(path) or [""])[-1] for path in paths] for pattern in (_PARTICIPANT, _SESSION)
@@ -386,6 +402,8 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
         table["participant_id"] = participants
         if any(sessions):
             table["session_id"] = sessions
+        if all_images is None:
+            all_images = len({*zip(participants, sessions, strict=True)}) < len(paths)
         if not all_images:
             _refuse_repeated(paths, participants, sessions)
     found = [path.removeprefix(folder and f"{folder}/") for path in paths]
@@ -394,8 +412,7 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
     table["path"] = found
     order = [("participant_id", "ascending")] if any(participants) else []
     order += [("session_id", "ascending")] if "session_id" in table else []
-    rows = pa.table(table).sort_by([*order, ("path", "ascending")])
-    return FoundImages(rows, tuple(notes_on_content(paths)))
+    return pa.table(table).sort_by([*order, ("path", "ascending")])
 
 
 def _matches(pattern: str) -> list[str]:
