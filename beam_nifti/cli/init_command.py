@@ -24,7 +24,7 @@ from beam_nifti.support import logs
 from beam_nifti.support.cells import is_missing
 from beam_nifti.support.outcomes import SUCCESS
 from beam_nifti.support.strict_json import dump_json
-from beam_nifti.support.wording import counted, first_few
+from beam_nifti.support.wording import counted, first_few, one_line
 
 if TYPE_CHECKING:
     from beam_nifti.manifest.recognition import Recognized
@@ -91,9 +91,10 @@ def init(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
             logs.LOGGER.warning("%s", note)
 
         def look(given: Mapping[str, Any]) -> Survey:
-            watcher = CommandWatcher(run, options)
+            watcher = CommandWatcher(run, options)  # without progress, which would count what fails so far
             return api.check(found.path or found.read(), progress=watcher, **given)
 
+        logs.LOGGER.info("reading the headers of %s", counted(found.read().num_rows, "example"))
         choices, survey = _choose(found, look)
     if survey.refusal:
         raise UsageError(f"{options.folder}: a build would write nothing: {survey.refusal}")
@@ -404,7 +405,7 @@ def _format(
         lines += ["", "# Not decided:"]
     for text, line in left.values():
         lines += ["", *_comment(text), *([f"# {line}"] if line else [])]
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{one_line(line)}\n" for line in lines)
 
 
 def _comment(text: str) -> list[str]:

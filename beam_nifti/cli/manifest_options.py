@@ -83,7 +83,7 @@ def add_commands(commands: Commands) -> None:
     init.add_argument("folder", metavar="FOLDER", help="folder or URL of images")
     init.add_argument("--out", metavar="DIR", help="folder of the two files; default: the working directory")
     add_overwrite(init, "the two files")
-    init.set_defaults(quiet=False)
+    init.set_defaults(quiet=True)
     manifest = add_command(commands, "manifest", "write a manifest of existing images", _MANIFEST_EXAMPLES)
     sources = manifest.add_subparsers(dest="source", metavar="SOURCE", required=True)
     _add_bids(sources)

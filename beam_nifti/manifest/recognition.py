@@ -16,7 +16,7 @@ from typing import Final
 
 import pyarrow as pa
 
-from beam_nifti.errors import BeamNiftiError, UsageError
+from beam_nifti.errors import ManifestError, UsageError
 from beam_nifti.manifest.bids import BidsImage, Study
 from beam_nifti.manifest.discovery import FoundImages, find_bids_images, list_images, notes_on_content
 from beam_nifti.manifest.image_names import drop_second_halves, is_of_macos, stem_of
@@ -42,7 +42,7 @@ _IDS: Final = ("image_id", "case_id")
 _KEYS: Final = ("participant_id", "session_id")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recognized:
     """A folder of images as a manifest.
 
@@ -111,7 +111,8 @@ def recognize(root: str, out: str) -> Recognized:
     paths = _list_all(folder)
     if not paths:
         raise UsageError(f"{root}: no images, neither there nor in a folder below; name a folder of images")
-    return _recognize_table(folder, paths, root) or _recognize_files(folder, paths)
+    table, notes = _recognize_table(folder, paths, root)
+    return table or _recognize_files(folder, paths, notes)
 
 
 def _recognize_msd(folder: str, channels: Sequence[str]) -> Recognized:
@@ -212,7 +213,7 @@ def _find_masks(
     for name, place in places.items():
         where = f"derivatives/{name}" if name else "the study"
         for mask in (each for each in _LABEL_MAPS if each in place.images):
-            refusal: BeamNiftiError | None = None
+            refusal: UsageError | None = None
             for entities in ({}, {f"{mask}:space": [""]}):
                 try:
                     masked = find_bids_images(
@@ -252,31 +253,40 @@ def _list_all(folder: str) -> list[str]:
     return drop_second_halves(sorted(paths))
 
 
-def _recognize_table(folder: str, paths: Sequence[str], root: str) -> Recognized | None:
-    """The table of the folder that names most of the images by their paths."""
-    known, best = {*paths}, dict[str, tuple[int, pa.Table, list[str]]]()
+def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Recognized | None, list[str]]:
+    """The table of the folder that names most of the images by their paths; and notes on the other tables."""
+    known, best, notes = {*paths}, dict[str, tuple[int, pa.Table, list[str]]](), list[str]()
     for name in (name for name in storage.list_files(folder) if name.lower().endswith(_TABLES)):
-        table = read_table(storage.join(folder, name))
+        try:
+            table = read_table(storage.join(folder, name))
+        except ManifestError as e:
+            notes.append(f"not used: {name}: {'; '.join(e.problems)}")
+            continue
         named = {column: _named(table, column, folder) for column in table.column_names}
         columns = [column for column, found in named.items() if found and found <= known]
         if any(table.num_rows == _num_given(table, column) for column in columns):
             best[name] = (len({path for column in columns for path in named[column]}), table, columns)
+        else:
+            notes.append(
+                f"not used: {name}, which has no column of paths of images; beam-nifti manifest table adds "
+                "its columns by ids"
+            )
     if not best:
-        return None
+        return None, notes
     name = max(best, key=lambda each: best[each][0])
     num, table, columns = best[name]
     masks = [column for column in columns if _is_mask(column) or _num_given(table, column) < table.num_rows]
     images = tuple(column for column in columns if column not in masks)
     if not images:  # nothing but masks, which are images then
         images, masks = tuple(columns), []
-    notes = [f"not used: {each}, which names images too" for each in best if each != name]
+    notes += [f"not used: {each}, which names images too" for each in best if each != name]
     if num < len(known):
         notes.append(f"not used: {counted(len(known) - num, 'image')} that {name} does not name")
     notes += [
         f"not used: the column {column} of {name}, which is not the first of masks" for column in masks[1:]
     ]
     others = [each for each in table.column_names if each not in (*columns, *_KEYS, *_IDS, "split", "label")]
-    return Recognized(
+    found = Recognized(
         f"images that {name} lists",
         None,
         path=storage.join(root, name),
@@ -288,6 +298,7 @@ def _recognize_table(folder: str, paths: Sequence[str], root: str) -> Recognized
         label_columns=tuple(others),
         notes=(*notes, *notes_on_content(paths)),
     )
+    return found, notes
 
 
 def _named(table: pa.Table, column: str, folder: str) -> set[str]:
@@ -313,9 +324,10 @@ def _id_column(table: pa.Table, image: str) -> str:
     return ""
 
 
-def _recognize_files(folder: str, paths: Sequence[str]) -> Recognized:
+def _recognize_files(folder: str, paths: Sequence[str], notes: Sequence[str]) -> Recognized:
     """Images without a table, several of a case by the words in their names or folders."""
-    cases, notes = _group(folder, paths)
+    cases, more = _group(folder, paths)
+    notes = [*notes, *more]
     kinds = {tuple(sorted(role for role in of if not _is_mask(role))) for of in cases.values()}
     masks = Counter(role for of in cases.values() for role in of if _is_mask(role))
     if len(kinds) == 1 and any(kinds):

@@ -150,7 +150,7 @@ def test_the_printed_command_builds_every_image(
 def test_nothing_is_chosen_where_nothing_is_needed(capsys: Capture) -> None:
     write_files(3, lambda path, i: write_image(Path(path), brain(seed=i)) and None)
     out, err = init(capsys, "data")
-    assert err == ""
+    assert err == "reading the headers of 3 examples\n"
     assert out.splitlines() == [
         "found    a folder of images: 3 examples",
         "manifest data.tsv",
@@ -278,6 +278,7 @@ def test_images_that_would_fail_are_named_and_a_line_accepts_them(capsys: Captur
     Path("data/bad.nii").write_bytes(bytes(400))
     out, err = init(capsys, "data")
     assert err.replace(f"{Path.cwd()}/", "") == (
+        "reading the headers of 4 examples\n"
         "would fail: row 4 (data/bad.nii): zeros where a header should be, as after an interrupted copy; "
         "copy it again\n"
     )
@@ -308,7 +309,8 @@ def test_nothing_is_replaced_and_nothing_written_for_nothing(capsys: Capture) ->
         assert Path(name).read_text() == "mine"
         Path(name).unlink()
     Path("data.tsv").write_text("mine")
-    out, _ = init(capsys, "data", "--overwrite")
+    out, err = init(capsys, "data", "--overwrite")
+    assert "not used: notes.csv, which has no column of paths of images" in err
     assert len(build(out)) == 1
 
 
