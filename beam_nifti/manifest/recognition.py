@@ -255,17 +255,25 @@ def _list_all(folder: str) -> list[str]:
 
 def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Recognized | None, list[str]]:
     """The table of the folder that names most of the images by their paths; and notes on the other tables."""
-    known, best, notes = {*paths}, dict[str, tuple[int, pa.Table, list[str]]](), list[str]()
+    known, notes = {*paths}, list[str]()
+    best = dict[str, tuple[int, pa.Table, list[str]]]()  # number of images, table, columns of paths
     for name in (name for name in storage.list_files(folder) if name.lower().endswith(_TABLES)):
         try:
             table = read_table(storage.join(folder, name))
         except ManifestError as e:
             notes.append(f"not used: {name}: {'; '.join(e.problems)}")
             continue
-        named = {column: _named(table, column, folder) for column in table.column_names}
-        columns = [column for column, found in named.items() if found and found <= known]
-        if any(table.num_rows == _num_given(table, column) for column in columns):
-            best[name] = (len({path for column in columns for path in named[column]}), table, columns)
+        named = dict[str, set[str]]()
+        for column in table.column_names:
+            paths_of = _named(table, column, folder)
+            if paths_of and paths_of <= known and paths_of not in named.values():
+                named[column] = paths_of
+        is_full = any(_num_given(table, column) == table.num_rows for column in named)
+        num = len(set[str]().union(*named.values()))
+        if is_full and 2 * num >= len(known):
+            best[name] = (num, table, [*named])
+        elif named:
+            notes.append(f"not used: {name}, which names {num:,} of {counted(len(known), 'image')}")
         else:
             notes.append(
                 f"not used: {name}, which has no column of paths of images; beam-nifti manifest table adds "

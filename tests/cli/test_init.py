@@ -232,7 +232,7 @@ def test_a_table_is_the_manifest(capsys: Capture) -> None:
     for i in range(3):
         write_image(Path(f"data/i/{i}.nii"), brain(seed=i))
         labels(f"data/m/{i}.nii")
-        cells = {"file": f"i/{i}.nii", "outline": f"m/{i}.nii" if i else "n/a"}
+        cells = {"file": f"i/{i}.nii", "copy": f"./i/{i}.nii", "outline": f"m/{i}.nii" if i else "n/a"}
         rows.append({"participant_id": "one", **cells, "label": i or "", "split": "train"})
     write_image(Path("data/i/other.nii"))
     before = write_manifest(Path("data/cohort.tsv"), rows).read_bytes()
@@ -249,6 +249,14 @@ def test_a_table_is_the_manifest(capsys: Capture) -> None:
     assert [row["label"] for row in build(out)][1:] == [1, 2]
     assert Path("data/cohort.tsv").read_bytes() == before
     assert not Path("data.tsv").exists()
+
+
+def test_a_table_of_a_few_of_the_images_is_not_the_manifest(capsys: Capture) -> None:
+    write_files(5, lambda path, i: write_image(Path(path), brain(seed=i)) and None)
+    write_manifest(Path("data/bad.csv"), [{"path": "a/scan 0.nii"}, {"path": "a/scan 2.nii"}])
+    out, err = init(capsys, "data")
+    assert "not used: bad.csv, which names 2 of 5 images\n" in err
+    assert len(build(out)) == 5
 
 
 def test_ct_is_known_by_its_air(capsys: Capture) -> None:
