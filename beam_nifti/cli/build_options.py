@@ -116,8 +116,8 @@ _HELP: Final = {
     "--rescale-within; default: keep them as they are",
     "mask_dtype": "dtype of mask labels: uint8 (default) for labels up to 255, or uint16 for labels up to "
     "65535",
-    "map_labels": "labels of masks to replace by others, all at once, such as 4=3 or 4=3,10=0; other labels "
-    "stay; default: none",
+    "map_labels": "labels of masks to replace by others, all at once, such as 4=3 or 4=3,10=0; or a table, such "
+    "as a .tsv file, with the columns from and to; other labels stay; default: none",
     "voxel_dtype": "dtype of the stored voxels: float32 (default); float16, bfloat16: half the size, 11 and "
     "8 significant bits; uint8: a quarter, 256 levels of [0, 1]; native: the voxels of the file, which the "
     "reader rescales to exactly the values of float32",
