@@ -453,7 +453,9 @@ def _label_rows(flag: str, path: str, wanted: str) -> Iterator[tuple[str, int, i
     try:
         table = read_table(storage.absolute(path))
     except ManifestError as e:
-        raise UsageError(f"{flag} is {path!r}, which is no label map: {'; '.join(e.problems)}; {wanted}") from e
+        raise UsageError(
+            f"{flag} is {path!r}, which is no label map: {'; '.join(e.problems)}; {wanted}"
+        ) from e
     if not {*_LABEL_TABLE} <= {*table.column_names}:
         found = ", ".join(table.column_names)
         raise UsageError(f"{flag} is {path!r}, whose columns are {found}; {wanted}")
