@@ -62,7 +62,7 @@ class AnalysisPlan:
         """16 hex digits that differ if other volumes are measured, or in another way."""
         plan, record = self.build, self.build.config.record
         facts: list[Any] = [
-            record.measured_options(None),
+            record.measured_options,
             record.rescale,
             self.splits,
             plan.digest,
