@@ -158,7 +158,7 @@ def verify_dataset(
     wanted = None
     if manifest is not None:
         built_from = storage.absolute(manifest)
-        wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
+        wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, options=())
         if wanted.labels and not record.labels:
             problem = f"{columns.label} holds texts, but the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
