@@ -369,8 +369,13 @@ class _Verifier:
             for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
                 self._problems.add(Scope.ROWS, problem)
         rows = None if wanted is None else manifest_rows(wanted, self._spec.config, cells)
+        if wanted is not None and rows is not None and info.withdrawn:
+            rows = rows.filter(pc.invert(self._are_withdrawn(wanted)))  # which are problems already
         if wanted is not None and rows is not None and (frames := info.num_frames):
-            per_row = self._frames_of_rows((wanted.kept_rows() + 1).tolist(), frames)
+            numbers = wanted.kept_rows() + 1
+            if info.withdrawn:
+                numbers = numbers[~self._are_withdrawn(wanted).to_numpy(zero_copy_only=False)]
+            per_row = self._frames_of_rows(numbers.tolist(), frames)
             if sum(map(len, per_row)) > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:
                 self._problems.add(
                     Scope.ROWS,
@@ -388,6 +393,13 @@ class _Verifier:
             known = pa.concat_tables([records, failures], promote_options="default")
             for problem in compare_rows(known, rows):
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
+
+    def _are_withdrawn(self, manifest: Manifest) -> pa.BooleanArray:
+        """Which of the kept rows of a manifest are of participants who were withdrawn."""
+        people = people_of(manifest).take(pa.array(manifest.kept_rows()))
+        names = pc.unique(people).to_pylist()
+        found = find_withdrawn(names, self._info.withdrawn, self._info.withdrawals)
+        return pc.is_in(people, value_set=pa.array([*found], pa.string()))
 
     def _check_withdrawn(self) -> None:
         """Nothing here is of a participant who was withdrawn, nor in the manifest, if there is one."""
