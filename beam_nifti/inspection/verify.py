@@ -48,7 +48,7 @@ from beam_nifti.inspection.table_checks import (
 from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
-from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames, ids_are_paths
+from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames, ids_are_paths, own_cells
 from beam_nifti.pipeline.resume import unfinished_names
 from beam_nifti.pipeline.withdrawal import people_of, refuse_withdrawn
 from beam_nifti.record.dataset_files import (
@@ -478,7 +478,7 @@ class _Verifier:
             self._people = pc.unique(people_of(listed)).to_pylist()
             if frames:
                 failed = failed_frames(listed, frames, self._spec.config.clip_frames)
-                texts = listed.table["row"].to_pylist() if "row" in listed.table.column_names else []
+                texts = own_cells(listed, "row")
                 numbers = (int(text) if _ROW.fullmatch(text) else 0 for text in texts)
                 self._failed_rows = list(zip(listed.splits.to_pylist(), numbers, failed, strict=False))
                 found = frame_rows(found, failed)
