@@ -146,18 +146,17 @@ class CohortFacts:
 
 
 class Comparison(NamedTuple):
-    """What an image is compared with: quartiles, labels that are rare, and the masks that have them."""
+    """What an image is compared with: quartiles, and the number of masks that have each rare label."""
 
     quartiles: dict[Measure, tuple[float, float, float]]
     rare_labels: dict[int, int]
-    num_masks: int
 
     @classmethod
     def of(cls, cohort: CohortFacts) -> Comparison:
         """The comparison with all images."""
         most = max(1, cohort.num_masks // _RARE) if cohort.num_masks >= LEAST_COMPARED else 0
         rare = {label: count for label, count in cohort.labels.items() if count <= most}
-        return cls(cohort.quartiles(), rare, cohort.num_masks)
+        return cls(cohort.quartiles(), rare)
 
     def findings(self, image: ImageFacts) -> list[Finding]:
         """What is unlike the others."""
@@ -219,9 +218,9 @@ def measure_image(row: VolumeRow, folder: str, header: VolumeHeader, plan: Build
         )
     if found.num_volumes:
         values += [(row.example_id, measure, size) for measure, size in _sizes(header)]
-        found = found._replace(facts=ImageFacts(row.row, row.example_id, tuple(values), labels))
-        if labels == ():
-            found = found._replace(findings=(*found.findings, Finding("empty-mask", row.row, row.example_id)))
+        empty = [Finding("empty-mask", row.row, row.example_id)] if labels == () else []
+        facts = ImageFacts(row.row, row.example_id, tuple(values), labels)
+        found = found._replace(facts=facts, findings=(*found.findings, *empty))
     return found
 
 
