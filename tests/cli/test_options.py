@@ -105,6 +105,10 @@ JOIN: dict[str, Row] = {
     "--unmatched": f"{JOINING}test_rows_without_a_partner_are_named",
 }
 OTHERS: dict[str, dict[str, Row]] = {
+    "init": {
+        "--out": "cli/test_init.py::test_a_study_of_several_modalities_with_masks_on_another_grid",
+        "--overwrite": "cli/test_init.py::test_nothing_is_replaced_and_nothing_written_for_nothing",
+    },
     "manifest bids": {
         **JOIN,
         "--suffix": ["T2w"],
