@@ -82,7 +82,7 @@ class OnProgress(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What was checked and what is wrong; false if anything is. `print(verification)` shows all of it.
+    """What was checked and what is wrong; falsy if anything is wrong. `print` shows all of it.
 
     Attributes:
         num_examples: records checked.
@@ -158,7 +158,7 @@ def verify_dataset(
     wanted = None
     if manifest is not None:
         built_from = storage.absolute(manifest)
-        wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
+        wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, flags=())
         if wanted.labels and not record.labels:
             problem = f"{columns.label} holds texts, but the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
@@ -398,7 +398,9 @@ class _Verifier:
         if found := find_withdrawn(people, info.withdrawn, info.withdrawals):
             named = first_few(sorted(found), _SHOWN)
             what = f"has records or failures of {counted(len(found), 'withdrawn participant')} ({named})"
-            self._problems.add(Scope.DATASET, f"{FILE_NAME}: {what}; run beam-nifti withdraw on a sound copy")
+            self._problems.add(
+                Scope.DATASET, f"{FILE_NAME}: {what}; run beam-nifti withdraw on an undamaged copy"
+            )
         if wanted is not None:
             try:
                 refuse_withdrawn(wanted, info)

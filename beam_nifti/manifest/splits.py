@@ -92,11 +92,12 @@ def draw_from_table(table: pa.Table, ids: pa.Array, splitting: Splitting, proble
 
 def refuse_empty_splits(splits: pa.Array, splitting: Splitting, problems: Problems) -> None:
     """Refuse a draw that leaves a split without a row."""
+    remedy = "build the dataset again, with a larger share or another --split-seed"
+    if problems.may_name("--split"):
+        remedy = "give it a larger share, or draw again with another --split-seed"
     for name in sorted(splitting.shares.keys() - set(pc.unique(splits).to_pylist())):
-        problems.add(
-            f"no participant falls into split {name} with a share of {splitting.shares[name]:g}; give it a "
-            "larger share, or draw again with another --split-seed"
-        )
+        share = f"{splitting.shares[name]:g}"
+        problems.add(f"no participant falls into split {name} with a share of {share}; {remedy}")
 
 
 def draw_splits(

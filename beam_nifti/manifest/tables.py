@@ -61,12 +61,17 @@ _DECODER = json.JSONDecoder(
 class Problems:
     """Collects problems of a table, up to a limit, and warnings.
 
-    With `hides_cells`, messages do not show cells, which may be names of persons.
+    With `hides_cells`, messages do not show cells, which may be names of persons. `flags` are the options
+    that messages may recommend; None means those of a build.
     """
 
-    def __init__(self, path: str, *, hides_cells: bool = False) -> None:
-        self.path, self.hides_cells = path, hides_cells
+    def __init__(self, path: str, *, hides_cells: bool = False, flags: Collection[str] | None = None) -> None:
+        self.path, self.hides_cells, self._flags = path, hides_cells, flags
         self._found, self.warnings = list[str](), list[str]()
+
+    def may_name(self, flag: str) -> bool:
+        """Whether a message may recommend an option."""
+        return self._flags is None or flag in self._flags
 
     def shown(self, cell: object) -> str:
         """A cell, for a message."""

@@ -43,7 +43,8 @@ def relabel_dataset(
     given = {"label": label_column, "missing_label": missing_label}
     columns = Columns(**vars(info.columns) | {name: text for name, text in given.items() if text is not None})
     pseudonyms = pseudonyms_of(output, info, anonymous_ids)
-    changed = read_manifest(path, columns, info.splitting, pseudonyms, content=rows)
+    flags = "--label-column", "--missing-label"
+    changed = read_manifest(path, columns, info.splitting, pseudonyms, content=rows, flags=flags)
     changed.log_warnings()
     refuse_withdrawn(changed, info)
     _require_same_folder(output, info, changed)

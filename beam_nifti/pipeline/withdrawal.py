@@ -221,7 +221,7 @@ def _without(
 
 
 def _read(path: str, rows: bytes | None, info: DatasetInfo, pseudonyms: Pseudonyms | None) -> Manifest:
-    return read_manifest(path, info.columns, info.splitting, pseudonyms, content=rows, is_of_dataset=True)
+    return read_manifest(path, info.columns, info.splitting, pseudonyms, content=rows, flags=())
 
 
 def _drop(path: str, rows: bytes | None, is_dropped: pa.BooleanArray) -> bytes:
