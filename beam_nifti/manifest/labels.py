@@ -105,17 +105,14 @@ def read_labels(
                 f"--label-column, or give its kind, such as {column.name}:float"
             )
         if kind == "float" and are_numeric:
-            remedy = "; correct it"
-            if problems.may_name("--label-column"):
-                remedy += f", or make classes of all labels with --label-column {column.name}:class"
+            remedy = f"; correct it, or make classes of all labels with --label-column {column.name}:class"
         column = replace(column, kind=kind or "float")
     if missing is None:
-        fill = "fill it in"
-        if problems.may_name("--missing-label"):
-            fill += ", keep such rows with --missing-label nan, or skip them with --missing-label skip"
         for i in np.flatnonzero(lacks[codes]):
-            text = problems.shown(texts[codes[i]].as_py())
-            problems.add(f"row {i + 1}: {column.name} is {text}, a missing label; {fill}")
+            problems.add(
+                f"row {i + 1}: {column.name} is {problems.shown(texts[codes[i]].as_py())}, a missing label; "
+                "fill it in, keep such rows with --missing-label nan, or skip them with --missing-label skip"
+            )
     if column.kind == "float":
         for i in np.flatnonzero(~(is_number | lacks)[codes]):
             text = problems.shown(texts[codes[i]].as_py())

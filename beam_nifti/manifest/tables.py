@@ -61,17 +61,15 @@ _DECODER = json.JSONDecoder(
 class Problems:
     """Collects problems of a table, up to a limit, and warnings.
 
-    With `hides_cells`, messages do not show cells, which may be names of persons. `flags` are the options
-    that messages may recommend; None means those of a build.
+    With `hides_cells`, messages do not show cells, which may be names of persons. `options` are the flags
+    that remedies may name; None for all.
     """
 
-    def __init__(self, path: str, *, hides_cells: bool = False, flags: Collection[str] | None = None) -> None:
-        self.path, self.hides_cells, self._flags = path, hides_cells, flags
+    def __init__(
+        self, path: str, *, hides_cells: bool = False, options: Collection[str] | None = None
+    ) -> None:
+        self.path, self.hides_cells, self.options = path, hides_cells, options
         self._found, self.warnings = list[str](), list[str]()
-
-    def may_name(self, flag: str) -> bool:
-        """Whether a message may recommend an option."""
-        return self._flags is None or flag in self._flags
 
     def shown(self, cell: object) -> str:
         """A cell, for a message."""
@@ -80,6 +78,10 @@ class Problems:
     def plain(self, cell: object) -> str:
         """As `shown`, without quotes."""
         return _HIDDEN if self.hides_cells else str(cell)
+
+    def offer(self, flag: str, remedy: str, instead: str) -> str:
+        """A remedy that uses a flag, or another one if the command does not have the flag."""
+        return remedy if self.options is None or flag in self.options else instead
 
     def warn(self, warning: str) -> None:
         """Note something suspicious that does not make the table unusable."""
