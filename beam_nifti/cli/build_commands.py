@@ -1,4 +1,4 @@
-"""`beam-nifti build` and `check`: they call the functions of the same names, and print what comes of it."""
+"""`beam-nifti build`, `check` and `analyze`: call the functions of the same names, and print the results."""
 
 from __future__ import annotations
 

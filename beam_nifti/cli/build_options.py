@@ -1,4 +1,4 @@
-"""The options of `beam-nifti build` and `check`."""
+"""The options of `beam-nifti build`, `check` and `analyze`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ _HELP: Final = {
     "of zeros; skip: skip and count these rows; default: report an error",
     "id_column": "column with a unique name for each example; default: participant_id, joined with "
     "session_id if there is one, or else the path",
-    "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. the file must "
+    "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. The file must "
     "hold at least 16 random bytes, such as from `head -c 32 /dev/urandom`, and the workers must be able "
     "to read it; default: names are kept",
     "split": "assign participants to splits at random, in these shares, which sum to 1, such as "
@@ -94,7 +94,7 @@ _HELP: Final = {
     "change when other participants are added. kfold:5 draws fold0 to fold4 for cross-validation, and "
     "kfold:5,test=0.2 also a test set; default: the manifest's column split, or else all go to train",
     "stratify": "apply the shares of --split within each value of this column, such as site or diagnosis; "
-    "then only participants who are appended leave the splits of the others unchanged",
+    "then the splits of the others stay the same only if new participants are appended to the manifest",
     "split_seed": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
     "default: 0",
     "examples_per_shard": "largest number of examples in a shard; with --frames each, a shard still holds "
@@ -130,7 +130,7 @@ _HELP: Final = {
     "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); each:N: every N frames, as channels of "
     "a separate example; first, or a number from 0: that "
     "frame; mean: the mean of the frames; default: 4-D images are refused",
-    "max_frames": "most frames of an image, for images with different numbers of frames and --frames each; "
+    "max_frames": "largest number of frames of an image, for --frames each of images that differ in it; "
     "default: all images must have as many frames as the first",
     "complex": "what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
     "channels; default: complex images are refused",

@@ -207,23 +207,23 @@ def _add_output(source: argparse.ArgumentParser, out: str = _OUT_HELP, *, is_tab
         "--on",
         required=is_table,
         metavar="COLUMN,…",
-        help="column of ids, such as participant_id, or NAME=NAME_IN_FILE if FILE has another name for it, "
-        "such as participant_id=Subject",
+        help="column of ids, such as participant_id, or NAME=NAME_IN_FILE if the file of --join has "
+        "another name for it, such as participant_id=Subject",
     )
     source.add_argument(
         "--join-columns",
         required=is_table,
         metavar="COLUMN,…",
-        help="columns of FILE to add, or NEW=NAME to rename one, such as label=Age,sex",
+        help="columns of the file of --join to add, or NEW=NAME to rename one, such as label=Age,sex",
     )
     source.add_argument(
         "--unmatched",
         choices=("refuse", "keep", "skip"),
-        help="rows of the manifest whose id is not in FILE: refuse them (default), keep them with n/a, or "
-        "skip them",
+        help="rows of the manifest whose id is not in the file of --join: refuse them (default), keep them "
+        "with n/a, or skip them",
     )
     source.add_argument("--out", metavar="FILE", help=f".tsv, .csv, .jsonl or .parquet {out}")
-    add_overwrite(source)
+    add_overwrite(source, "the file of --out")
 
 
 def chosen_entities(options: argparse.Namespace) -> dict[str, list[str]]:

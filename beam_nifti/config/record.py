@@ -218,7 +218,7 @@ class RecordConfig:
         if numbers and not numbers[0] < numbers[1]:
             raise UsageError(f"--rescale is {self.rescale!r}; LO must be below HI")
         if method.endswith("percentile") and not (numbers[0] >= 0 and numbers[1] <= 100):
-            raise UsageError(f"--rescale is {self.rescale!r}; percentiles are between 0 and 100")
+            raise UsageError(f"--rescale is {self.rescale!r}; percentiles must be between 0 and 100")
         object.__setattr__(self, "rescale", spell_rule(method, numbers))
         if self.rescale_within is not None:
             selection = parse_rule("--rescale-within", self.rescale_within, SELECTIONS)

@@ -82,7 +82,7 @@ class OnProgress(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What was checked and what is wrong; false if anything is. `print(verification)` shows all of it.
+    """What was checked and what is wrong; falsy if anything is wrong. `print` shows all of it.
 
     Attributes:
         num_examples: records checked.
@@ -410,7 +410,9 @@ class _Verifier:
         if found := find_withdrawn(people, info.withdrawn, info.withdrawals):
             named = first_few(sorted(found), _SHOWN)
             what = f"has records or failures of {counted(len(found), 'withdrawn participant')} ({named})"
-            self._problems.add(Scope.DATASET, f"{FILE_NAME}: {what}; run beam-nifti withdraw on a sound copy")
+            self._problems.add(
+                Scope.DATASET, f"{FILE_NAME}: {what}; run beam-nifti withdraw on an undamaged copy"
+            )
         if wanted is not None:
             try:
                 refuse_withdrawn(wanted, info)

@@ -167,7 +167,10 @@ def _suffixes_of(
     for key, labels in entities.items():
         of, colon, _ = key.rpartition(":")
         if colon and of not in (*suffixes, mask_suffix):
-            raise UsageError(f"--entity {key}={labels[0]}: {of!r} is no suffix of --suffix or --mask-suffix")
+            raise UsageError(
+                f"--entity {key}={labels[0]}: {of!r} is not given with --suffix or --mask-suffix; add it "
+                "there, or drop this --entity"
+            )
     return suffixes
 
 

@@ -73,7 +73,10 @@ def read_manifest(
     people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
     _warn_of_names(table, columns, people, problems)
     if splitting:
-        refuse_lookalikes(_ids(table, columns) if people is None else people, problems)
+        if people is None:
+            refuse_lookalikes("id", _ids(table, columns), problems)
+        else:
+            refuse_lookalikes("participant_id", people, problems)
     named = dict[str, pa.ChunkedArray]()
     if pseudonyms:
         ids_of = ("participant_id", "session_id", columns.id)

@@ -312,8 +312,8 @@ class Rewrite:
         if lost := sorted(ids.difference(kept.to_pylist())):
             named = "" if self.manifest.key_check else f" ({first_few(lost, _SHOWN)})"
             raise UsageError(
-                f"{self.manifest.path}: lacks {counted(len(lost), 'example')} of {self.output}{named}, or "
-                "skips them for want of a label; keep their rows, with --missing-label nan if they have none"
+                f"{self.manifest.path}: lacks {counted(len(lost), 'example')} of {self.output}{named}, as "
+                "rows are absent or skipped; keep all rows, with --missing-label nan if they have no label"
             )
 
     def _failure_of(self, row: VolumeRow, frames: Sequence[int | None]) -> Failure:
@@ -516,7 +516,7 @@ class Rewrite:
         if [was["source"], *(was[extra_column(name)] for name in names)] != now:
             named = "" if row.pseudonyms else f" ({row.example_id})"
             raise UsageError(
-                f"row {row.row}{named} has other images than the record in {self.output}; build it instead"
+                f"row {row.row}{named} has other images than its record in {self.output}; run a build instead"
             )
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - of an object that lives as long as the command

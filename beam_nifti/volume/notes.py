@@ -34,11 +34,12 @@ TEXTS: Final = {
         "brings them"
     ),
     "beyond-field-of-view": (
-        "an image ends within the grid of --reference; beyond it, images have their least value and masks 0"
+        "an image does not cover the whole grid of --reference; where it is missing, images have their least "
+        "value and masks 0"
     ),
     "beyond-other-image": (
-        "an image or mask ends within the first image of its example; beyond it, --align gives images their "
-        "least value and masks 0"
+        "an image or mask does not cover the whole first image of its example; where it is missing, --align "
+        "gives images their least value and masks 0"
     ),
 }
 """A sentence for each note."""

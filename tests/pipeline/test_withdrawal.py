@@ -432,7 +432,7 @@ def test_records_without_a_manifest_do_not_replace_a_dataset_with_withdrawals(
 ) -> None:
     bn.withdraw(dataset, "p0", manifest=study, progress=False)
     with pytest.raises(
-        OutputError, match="holds a dataset from which participants were withdrawn, who are n"
+        OutputError, match="holds a dataset from which participants were withdrawn, and records"
     ):
         write_arrays(dataset, ["p0"], overwrite=True)
 
