@@ -1,4 +1,4 @@
-"""The commands that read a dataset: they call the functions of the same names, and print what comes of it."""
+"""The commands on existing datasets: they call the functions of the same names, and print the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of the commands that read a dataset."""
+"""The options of the commands on existing datasets."""
 
 from __future__ import annotations
 
