@@ -524,6 +524,7 @@ def report(
     out: Path | None = None,
     *,
     pictures: SupportsIndex = 1000,
+    by: str | None = None,
     workers: SupportsIndex | None = None,
     runner: str | None = None,
     pipeline_options: BeamOptions = None,
@@ -537,16 +538,17 @@ def report(
             replaced. Default: report.html in the working directory; required on a cluster, whose workers
             must be able to write it.
         pictures: number of volumes to show besides the outliers, evenly spread.
+        by: column of the index, such as a site or a scanner, by which to compare intensities.
         workers: number of threads. Default: all cores.
         runner: same as for `build`.
         pipeline_options: same as for `build`.
         progress: same as for `build`.
 
     Returns:
-        A summary of the page; `problems` lists what is damaged.
+        A summary of the page; `problems` lists what is damaged, `copies` the records with the same image.
 
     Raises:
-        UsageError: an option is invalid.
+        UsageError: an option is invalid, or the index has no column `by`.
         DatasetError: there is no complete dataset.
         OutputError: the page cannot be written.
         EngineError: the runner or a worker failed.
@@ -564,6 +566,8 @@ def report(
     flags = flags_for(runner, pipeline_options, watcher)
     if (num_pictures := read_integer("--pictures", pictures)) < 0:
         raise UsageError(f"--pictures is {num_pictures}; it must be at least 0")
+    if by is not None and not isinstance(by, str):
+        raise UsageError(f"--by is {by!r}; give the name of a column of the index")
     # As engines know it: without a manifest, and with an output that workers must reach.
     threads = None if workers is None else read_integer("--workers", workers)
     config = BuildConfig(manifest="", output=dataset_path(dataset), workers=threads)
@@ -578,4 +582,4 @@ def report(
 
     info = read_info(config.output)
     with running(engine, watcher, info.num_examples, "record", "the report stopped"):
-        return write_report(config.output, info, page, engine.options, num_pictures=num_pictures)
+        return write_report(config.output, info, page, engine.options, num_pictures=num_pictures, by=by)

@@ -436,6 +436,11 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
         (lambda: bn.report("out", "page.html", pictures=-1), "^pictures is -1; it must be at least 0"),
         (lambda: bn.report("out", "page.html", workers=0), "^workers is 0; it must be at least 1"),
         (lambda: bn.report("out", "page.html", pictures=1.5), "^pictures is 1.5; give a whole number"),
+        (lambda: bn.report("out", "page.html", by=1), "^by is 1; give the name of a column of the index"),
+        (
+            lambda: bn.report("out", "page.html", by="lable"),
+            "^by is 'lable', which is .* did you mean 'label'",
+        ),
         (lambda: bn.report("out", ""), "^out is empty; was a variable not set"),
         (lambda: bn.verify("out", workers="x"), "^workers is 'x'; give a whole number"),
         (lambda: bn.verify(""), "^dataset is empty; was a variable not set"),

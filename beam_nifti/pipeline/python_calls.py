@@ -36,7 +36,7 @@ BeamOptions: TypeAlias = "PipelineOptions | Mapping[str, Any] | Sequence[str] | 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_FLAGS: Final = re.compile(r"(?<![\w-])--(manifest|deep|pictures|out|like|config|runner)(?![\w-])")
+_FLAGS: Final = re.compile(r"(?<![\w-])--(manifest|deep|pictures|by|out|like|config|runner)(?![\w-])")
 """Flags that are parameters of these functions, besides the options of a build."""
 
 _BEAM: Final = ForkGuard()

@@ -200,6 +200,7 @@ OTHERS: dict[str, dict[str, Row]] = {
     "report": {
         "--out": "reporting/test_report.py::test_the_command",
         "--pictures": "reporting/test_report.py::test_pictures_are_a_sample_and_the_outliers",
+        "--by": "reporting/test_report.py::test_groups_that_differ_are_noted",
         "--workers": "pipeline/test_runners.py::test_workers_of_this_machine",
         "--quiet": "reporting/test_report.py::test_the_command",
     },
