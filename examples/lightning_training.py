@@ -3,7 +3,7 @@
 Usage: lightning_training.py DATASET [--checkpoints FOLDER] [--patch N] [--epochs N] [--steps N] …
 """
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
 import torch
@@ -18,8 +18,8 @@ NUMBERS = {"patch": 96, "epochs": 2, "steps": -1, "batch-size": 2, "workers": 2,
 class Batches:
     """The batches of one process, epoch after epoch. Lightning keeps their state in its checkpoints."""
 
-    def __init__(self, patches: bn.PatchDataset, size: int, workers: int, rank: int, num_ranks: int) -> None:
-        self.patches, self.size, self.workers = patches, size, workers
+    def __init__(self, patches: bn.PatchDataset, options: Namespace, rank: int, num_ranks: int) -> None:
+        self.patches, self.size, self.workers = patches, options.batch_size, options.workers
         self.rank, self.num_ranks, self.step = rank, num_ranks, 0  # step: of the batches of all epochs
 
     def __len__(self) -> int:
@@ -34,24 +34,24 @@ class Batches:
             yield batch
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "digest": self.patches.records.digest}
+        run = [self.patches.records.digest, repr(self.patches.patches), self.size, self.num_ranks]
+        return {"step": self.step, "run": run}
 
     def load_state_dict(self, state: dict) -> None:
-        if state["digest"] != self.patches.records.digest:
-            raise ValueError(f"{self.patches.records.path} was rebuilt, or is not the checkpoint's dataset")
+        if state["run"] != self.state_dict()["run"]:
+            raise ValueError("the checkpoint is of another dataset, patch, batch size or number of devices")
         self.step = state["step"]
 
 
 class Data(LightningDataModule):
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: Namespace) -> None:
         super().__init__()
         self.records = bn.Dataset(options.dataset, columns=["image", "mask", "id"], channels_first=True)
         drawn = bn.Patches((options.patch,) * 3, per_volume=4, foreground=0.5)
         self.patches, self.options = bn.PatchDataset(self.records, drawn, seed=0), options
 
     def train_dataloader(self) -> Batches:
-        size, workers = self.options.batch_size, self.options.workers
-        return Batches(self.patches, size, workers, self.trainer.global_rank, self.trainer.world_size)
+        return Batches(self.patches, self.options, self.trainer.global_rank, self.trainer.world_size)
 
 
 class Network(LightningModule):
@@ -70,7 +70,7 @@ class Network(LightningModule):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a network with Lightning on patches of a dataset.")
+    parser = ArgumentParser(description="Train a network with Lightning on patches of a dataset.")
     parser.add_argument("dataset", help="folder or URL")
     parser.add_argument("--checkpoints", default="checkpoints", help="folder to continue from, and to keep")
     for name, number in NUMBERS.items():

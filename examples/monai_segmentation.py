@@ -72,7 +72,7 @@ def main() -> None:
         for item, found in zip(decollate_batch(batch), decollate_batch(scores.softmax(1)), strict=True):
             dice([to_labels(found)], [split_labels(item["mask"])])
             labels = bn.restore(found, (test, item["id"]), argmax=True)
-            nibabel.save(labels, options.output / f"{item['id']}.nii.gz")
+            nibabel.save(labels, options.output / f"{item['id'].replace('/', '_')}.nii.gz")
     print("Dice of each label:", *(f"{score:.2f}" for score in dice.aggregate().tolist()))
 
 

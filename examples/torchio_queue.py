@@ -72,7 +72,7 @@ def main() -> None:
                 aggregator.add_batch(network(batch["image"][tio.DATA]), batch[tio.LOCATION])
         found = aggregator.get_output_tensor().argmax(0)
         print(f"{subject.id}: {(found == subject.mask.data[0]).float().mean():.3f}")
-        path = options.output / f"{subject.id}.nii.gz"
+        path = options.output / f"{subject.id.replace('/', '_')}.nii.gz"
         test.save_nifti(number, found, path, on_source_grid=True, overwrite=True)
 
 

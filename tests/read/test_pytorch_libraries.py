@@ -31,8 +31,8 @@ transforms = monai.transforms
 
 pytestmark = [
     pytest.mark.torch,
-    # Of Lightning: of PyTorch's next version, of loaders without workers, and of a folder that is not empty.
-    pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*LeafSpec:FutureWarning"),
+    # Lightning advises workers, and warns of a folder of checkpoints that is not empty or has none.
+    pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
 ]
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -225,15 +225,16 @@ def test_lightning_continues_within_an_epoch(dataset: Path, example: Example, tm
     assert len({line.partition("loss")[2] for line in whole}) == 16
 
 
-def test_lightning_refuses_the_checkpoint_of_another_dataset(
+def test_lightning_refuses_the_checkpoint_of_another_run(
     dataset: Path, example: Example, tmp_path: Path
 ) -> None:
     command = ["lightning_training.py", "--patch=8", "--workers=0", "--checkpoints", tmp_path / "kept"]
     example(*command, dataset, "--steps=1")
     row = {kind: str(dataset.parent / f"0_{kind}.nii.gz") for kind in ("path", "mask")}
     bn.build([row], tmp_path / "other", mask_column="mask", progress=False, workers=1)
-    with pytest.raises(ValueError, match="other was rebuilt, or is not the checkpoint's dataset"):
-        example(*command, tmp_path / "other")
+    for changed in ([tmp_path / "other"], [dataset, "--batch-size=3"], [dataset, "--patch=9"]):
+        with pytest.raises(ValueError, match="of another dataset, patch, batch size or number of devices"):
+            example(*command, *changed)
 
 
 def test_processes_of_lightning_share_an_epoch(dataset: Path, tmp_path: Path) -> None:
