@@ -34,11 +34,12 @@ TEXTS: Final = {
         "brings them"
     ),
     "beyond-field-of-view": (
-        "an image ends within the grid of --reference; beyond it, images have their least value and masks 0"
+        "an image ends within the grid of --reference; beyond it, images and targets have their least "
+        "value and masks 0"
     ),
     "beyond-other-image": (
-        "an image or mask ends within the first image of its example; beyond it, --align gives images their "
-        "least value and masks 0"
+        "an image, mask or target ends within the first image of its example; beyond it, --align gives "
+        "images and targets their least value and masks 0"
     ),
 }
 """A sentence for each note."""
