@@ -133,6 +133,19 @@ def test_only_a_row_without_a_usable_target_fails(tmp_path: Path) -> None:
     assert "the row has no target" in problem
 
 
+def test_anonymous_ids_hide_the_paths_of_targets(tmp_path: Path) -> None:
+    manifest, output = cohort(tmp_path / "c"), tmp_path / "out"
+    manifest.write_text(manifest.read_text().replace("1_dose.nii.gz", ""))
+    (tmp_path / "key").write_bytes(bytes(range(32)))
+    options: dict[str, Any] = {"target_column": "dose", "mask_column": "organs", "max_bad_fraction": 0.5}
+    options["anonymous_ids"] = tmp_path / "key"
+    assert bn.build(manifest, output, progress=False, **options).num_failures == 1
+    written = b"".join(path.read_bytes() for path in output.rglob("*.json*"))
+    assert b"_dose" not in written
+    assert not any("_dose" in name for name in bn.Dataset(output).index(["dose"])["dose"].to_pylist())
+    assert bn.verify(output)
+
+
 def test_a_changed_target_is_loaded_again(tmp_path: Path) -> None:
     manifest, output, columns = cohort(tmp_path / "c"), tmp_path / "out", Columns(target="dose")
     build(manifest, output, columns=columns)
