@@ -17,6 +17,18 @@ examples:
 
 """
 
+_INIT_EXAMPLES = """\
+examples:
+  beam-nifti init study
+  beam-nifti build study.tsv study_dataset --config study.toml
+
+The second command is the one that the first prints. FOLDER is a BIDS study, a dataset in the layout of the
+Medical Segmentation Decathlon or nnU-Net, or any folder of images, with or without a table that names them.
+Writes FOLDER.tsv, unless such a table is there, and FOLDER.toml: the options that its images call for, each
+with its reason, and what is left to decide. Reads the headers of all images, and the voxels of a few.
+
+"""
+
 _BIDS_EXAMPLES = """\
 examples:
   beam-nifti manifest bids study --suffix T1w --label age --column sex --out manifest.tsv
@@ -65,7 +77,13 @@ examples:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add `manifest` and its sources."""
+    """Add `init`, and `manifest` and its sources."""
+    summary = "write a manifest and a file of options for a folder of images"
+    init = add_command(commands, "init", summary, _INIT_EXAMPLES)
+    init.add_argument("folder", metavar="FOLDER", help="folder or URL of images")
+    init.add_argument("--out", metavar="DIR", help="folder of the two files; default: the working directory")
+    add_overwrite(init, "the two files")
+    init.set_defaults(quiet=True)
     manifest = add_command(commands, "manifest", "write a manifest of existing images", _MANIFEST_EXAMPLES)
     sources = manifest.add_subparsers(dest="source", metavar="SOURCE", required=True)
     _add_bids(sources)

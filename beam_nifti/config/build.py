@@ -137,7 +137,7 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
     channels = columns.paths if len(columns.paths) > 1 else None
     has_target = True if columns.target is not None else None
     record = replace(record, channels=channels, mask_dtype=mask_dtype, has_target=has_target)
-    record.require_own_statistics(columns.mask)
+    record.require_own_statistics()
     return record
 
 

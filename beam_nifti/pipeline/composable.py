@@ -207,7 +207,7 @@ class LoadVolume(_Step):
         channels: Names | None = None,
         mask_dtype: str | None = None,
         has_target: bool = False,
-        map_labels: str | Mapping[Any, SupportsIndex] | None = None,
+        map_labels: StrPath | Mapping[Any, SupportsIndex] | None = None,
         nonfinite: Rule | None = None,
         align: str | None = None,
         interpolation: str | None = None,
