@@ -20,7 +20,13 @@ from hypothesis import strategies as st
 from beam_nifti.cli import parser as options
 from beam_nifti.config import RecordConfig, Sharding
 from beam_nifti.record.dataset_info import read_info
-from beam_nifti.record.example import decode_example, decode_tensor, encode_example, encode_tensor
+from beam_nifti.record.example import (
+    decode_example,
+    decode_tensor,
+    encode_example,
+    encode_tensor,
+    feature_kinds,
+)
 from beam_nifti.record.index import schema_of
 from beam_nifti.record.tiles import Tiles
 from beam_nifti.volume import load_volume
@@ -149,6 +155,8 @@ def test_the_format_names_every_column_feature_and_field(dataset: Path) -> None:
     names = {
         *schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8", frames="each")).names,
         *schema_of(RecordConfig(voxel_dtype="native")).names,
+        *schema_of(RecordConfig(has_target=True, nonfinite="zero")).names,
+        *feature_kinds(RecordConfig(has_target=True)),
         *info.features,
         *info.config,
         *info.manifest,

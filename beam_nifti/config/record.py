@@ -62,6 +62,7 @@ LATER_OPTIONS: Final = (
     "separate_z",
     "rescale_split",
     "rescale_stats",
+    "has_target",
 )
 """Options that dataset_info.json contains only if they are given, as it did before they existed."""
 
@@ -96,6 +97,7 @@ class RecordConfig:
         channels: columns of the images that are the channels of a record, in order; None if a record has a
             single image.
         mask_dtype: dtype of the label map of every record; None if there are no masks.
+        has_target: whether every record has a target, an image of real values to predict; None if not.
         labels: columns whose values have features of their own, with kinds and classes; None if there is
             only the feature `label`.
         format_version: format version of the dataset: rows are added to a dataset in the format that it
@@ -131,6 +133,7 @@ class RecordConfig:
     channels: tuple[str, ...] | None = None
     mask_dtype: str | None = None
     map_labels: str | None = None
+    has_target: bool | None = None
     labels: tuple[LabelColumn, ...] | None = None
     format_version: int = FORMAT_VERSION
     format_features: tuple[str, ...] = FORMAT_FEATURES
@@ -423,6 +426,16 @@ class RecordConfig:
     def label_map(self) -> dict[int, int]:
         """The new label of each label of masks that is mapped to another one."""
         return {} if self.map_labels is None else parse_label_map(self.map_labels)
+
+    @property
+    def num_masks(self) -> int:
+        """Masks per record."""
+        return int(self.mask_dtype is not None)
+
+    @property
+    def num_files(self) -> int:
+        """Images, masks and targets per record."""
+        return self.num_channels + self.num_masks + int(self.has_target or False)
 
     @property
     def num_channels(self) -> int:

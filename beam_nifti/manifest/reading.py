@@ -67,7 +67,8 @@ def read_manifest(
     problems.stop()
     if columns.label is None and "label" in table.column_names:
         columns = dataclasses.replace(columns, label="label")
-    table, lacks_mask = _find_missing_masks(table, columns)
+    table, lacks_mask = _find_missing(table, columns.mask)
+    table, _ = _find_missing(table, columns.target)  # a row without one fails alone
     paths = {name: table[name] for name in columns.files}
     _refuse_names(table, columns, problems, may_be_long=is_list)
     people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
@@ -145,6 +146,7 @@ def _check_columns(
     for name, flag in (
         *((name, "--path-column") for name in columns.paths),
         (columns.mask, "--mask-column"),
+        (columns.target, "--target-column"),
         *((column.name, "--label-column") for column in columns.labels),
         (columns.id, "--id-column"),
         (splitting and splitting.stratify, "--stratify"),
@@ -174,24 +176,24 @@ def _check_columns(
         )
 
 
-def _find_missing_masks(table: pa.Table, columns: Columns) -> tuple[pa.Table, npt.NDArray[np.bool_] | None]:
-    """A table whose cells without a mask are empty, and which they are; None if there are no masks."""
-    if columns.mask is None:
+def _find_missing(table: pa.Table, column: str | None) -> tuple[pa.Table, npt.NDArray[np.bool_] | None]:
+    """A table whose missing cells of a column of masks or targets are empty; and which they are."""
+    if column is None:
         return table, None
-    cells = table[columns.mask].combine_chunks()
+    cells = table[column].combine_chunks()
     lacks = np.fromiter(map(is_missing, strings(cells)), np.bool_, len(cells))
-    at = table.column_names.index(columns.mask)
-    return table.set_column(at, columns.mask, pc.if_else(pa.array(lacks), "", cells)), lacks
+    at = table.column_names.index(column)
+    return table.set_column(at, column, pc.if_else(pa.array(lacks), "", cells)), lacks
 
 
 def _refuse_names(table: pa.Table, columns: Columns, problems: Problems, *, may_be_long: bool) -> None:
     """Refuse long ids, and paths that are empty, that no system opens, or that this process cannot spell."""
     is_limited = sys.getfilesystemencoding() != "utf-8"
     for name in columns.files:
-        what = "mask" if name == columns.mask else "image"
+        what = {columns.mask: "mask", columns.target: "target"}.get(name, "image")
         for i, text in enumerate(strings(table[name])):
             if not text:
-                if what == "image" or columns.missing_mask is None:
+                if what == "image" or (what == "mask" and columns.missing_mask is None):
                     others = (
                         "" if what == "image" else problems.offer("--missing-mask", _REMEDIES_OF_MASKS, "")
                     )

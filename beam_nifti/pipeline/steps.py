@@ -158,23 +158,29 @@ def _require_columns(row: VolumeRow, config: RecordConfig) -> None:
     """Refuse a row with other files than the step reads: it would drop some, or take a mask for an image."""
     if row.columns is not None:
         _require_same_columns(row.path, row.columns, config)
-    num_read = config.num_channels + (config.mask_dtype is not None)
+    num_read = config.num_files
     if len(row.files) != num_read:
         raise UsageError(
             f"{row.path}: the row has {counted(len(row.files), 'file')}, but LoadVolume reads {num_read}; "
-            "give it the channels and mask_dtype of the row"
+            "give it the channels, mask_dtype and has_target of the row"
         )
 
 
 def _require_same_columns(path: str, columns: Columns, config: RecordConfig) -> None:
     images, mask, has_mask = columns.paths, columns.mask, config.mask_dtype is not None
-    channels = images if len(images) > 1 else None
-    if (channels, mask is not None) == (config.channels, has_mask):
+    channels, has_target = images if len(images) > 1 else None, columns.target is not None
+    if (channels, mask is not None, has_target) == (config.channels, has_mask, bool(config.has_target)):
         return
-    given = {"channels": channels, "mask_dtype": mask and (config.mask_dtype or MASK_DTYPES[0])}
+    given: dict[str, object] = {
+        "channels": channels,
+        "mask_dtype": mask and (config.mask_dtype or MASK_DTYPES[0]),
+        "has_target": has_target or None,
+    }
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-    named = [*map(repr, images), *([f"{mask!r} (mask)"] if mask is not None else [])]
+    beside = {"mask": mask, "target": columns.target}
+    named = [*map(repr, images), *(f"{name!r} ({role})" for role, name in beside.items() if name is not None)]
     read = [*(map(repr, config.channels) if config.channels else ["one image"]), *["a mask"] * has_mask]
+    read += ["a target"] * bool(config.has_target)
     raise UsageError(
         f"{path}: ReadManifest names the columns {', '.join(named)}, but LoadVolume reads {', '.join(read)}; "
         f"use LoadVolume({arguments}), or give ReadManifest other columns"
