@@ -190,7 +190,10 @@ def test_every_flag_in_the_documents_exists() -> None:
     nibabel = {"--compressed", "--out-dtype"}  # of its converters
     airflow = {"--conf"}
     mkdocs = {"--strict"}
-    scripts |= tools | benchmarks | airflow | mkdocs | containers | boot | job_server | gcloud | nibabel
+    kubectl = {"--for", "--timeout"}
+    scripts |= (
+        tools | benchmarks | airflow | mkdocs | kubectl | containers | boot | job_server | gcloud | nibabel
+    )
     for document in DOCUMENTS:
         text = re.sub(r"^<!--.*-->$", "", document.read_text(), flags=re.M)
         flags = {f.replace("_", "-") for f in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
