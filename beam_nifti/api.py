@@ -125,6 +125,7 @@ def build(
 def check(
     manifest: ManifestTable,
     *,
+    voxels: bool = False,
     out: Path | None = None,
     runner: str | None = None,
     pipeline_options: BeamOptions = None,
@@ -137,6 +138,9 @@ def check(
 
     Args:
         manifest: same as for `build`.
+        voxels: whether to read and prepare the images, too, as the build would. Finds damaged images; volumes
+            that differ strongly from the others in mean intensity, field of view or voxel size; constant
+            volumes; and masks that are empty or have rare labels. The item `notes` lists them.
         out: also write the report to this .json file. Required on a cluster, whose workers must be able to
             write it.
         runner: same as for `build`.
@@ -147,7 +151,8 @@ def check(
         **options: see `beam_nifti.BuildOptions`.
 
     Returns:
-        The findings. Falsy if the build would not be complete, as far as headers show.
+        The findings. Falsy if the build would not be complete, as far as headers show, or voxels if they
+            are read. What differs from the rest of the cohort is a warning.
 
     Raises:
         UsageError: an option is invalid.
@@ -156,8 +161,10 @@ def check(
         OSError: a disk or a store failed.
     """
     from beam_nifti.pipeline.configure import make_config
+    from beam_nifti.pipeline.options import read_switch
     from beam_nifti.pipeline.outputs import require_ending, require_out
 
+    reads_voxels = read_switch("voxels", voxels)
     report, watcher = text_of("out", out), watcher_of(progress)
     require_ending(report, ".json")
     flags = flags_for(runner, pipeline_options, watcher)
@@ -171,7 +178,7 @@ def check(
         require_out(report, overwrite=True, inputs=inputs)
     from beam_nifti.pipeline.launch import run_check_on
 
-    return run_check_on(engine, rows, report, watcher)
+    return run_check_on(engine, rows, report, watcher, voxels=reads_voxels)
 
 
 @callable_from_python

@@ -99,6 +99,7 @@ def check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -
     watcher = CommandWatcher(run, options)
     survey = api.check(
         options.manifest,
+        voxels=options.voxels,
         out=options.out,
         pipeline_options=beam_flags,
         like=options.like,

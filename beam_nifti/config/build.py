@@ -136,7 +136,7 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
         )
     channels = columns.paths if len(columns.paths) > 1 else None
     record = replace(record, channels=channels, mask_dtype=mask_dtype)
-    record.require_own_statistics(columns.mask)
+    record.require_own_statistics()
     return record
 
 

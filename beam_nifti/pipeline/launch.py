@@ -185,8 +185,12 @@ def run_analysis_on(engine: Engine, rows: bytes | None, out: str | None, watcher
     return analysis
 
 
-def run_check_on(engine: Engine, rows: bytes | None, out: str | None, watcher: Watcher) -> Survey:
+def run_check_on(
+    engine: Engine, rows: bytes | None, out: str | None, watcher: Watcher, *, voxels: bool = False
+) -> Survey:
     """Check the images of a manifest, as `run_build_on`; `out` is the file of the report, if any.
+
+    `voxels` is as of `CheckPlan`.
 
     Raises:
         EngineError: the engine or a worker failed.
@@ -195,7 +199,7 @@ def run_check_on(engine: Engine, rows: bytes | None, out: str | None, watcher: W
     # Beam is loaded with it.
     from beam_nifti.pipeline.check import check_images
 
-    plan = plan_check(engine.config, rows)
+    plan = plan_check(engine.config, rows, voxels=voxels)
     watcher.on_plan(plan)
     base = plan.config.temp_location or storage.dirname(plan.config.output)
     folder = None if engine.is_local else storage.join(base, f"beam_nifti-{uuid.uuid4().hex}")

@@ -25,7 +25,7 @@ from beam_nifti.manifest.labels import label_of
 from beam_nifti.manifest.manifest import Manifest, VolumeRow, frame_id
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline import lock
-from beam_nifti.pipeline.failures import Failure, failed_frames, ids_are_paths, write_failures
+from beam_nifti.pipeline.failures import Failure, failed_frames, ids_are_paths, own_cells, write_failures
 from beam_nifti.pipeline.merge import describe_shard
 from beam_nifti.pipeline.parts import (
     BUILD_FOLDER,
@@ -237,9 +237,9 @@ class Rewrite:
         columns = info.columns
         listed = read_manifest(path, columns, content=content, is_list=True)
         frames: Sequence[tuple[int, ...] | None] = [None] * len(listed)
-        if info.num_frames and "frames" in listed.table.column_names:
+        if info.num_frames and (cells := own_cells(listed, "frames")):
             of_lines = zip(
-                listed.table["frames"].to_pylist(),
+                cells,
                 failed_frames(listed, info.num_frames, info.record_config.clip_frames),
                 strict=True,
             )
@@ -247,7 +247,7 @@ class Rewrite:
         prefix = ""
         if ids_are_paths(columns, info.manifest["columns"]):
             prefix = f"{storage.dirname(info.manifest['path'])}/"
-        texts = (listed.table[key].to_pylist() for key in ("stage", "error", "message"))
+        texts = (own_cells(listed, key) for key in ("stage", "error", "message"))
         return {
             name.removeprefix(prefix): (stage, error, message, numbers)
             for name, stage, error, message, numbers in zip(

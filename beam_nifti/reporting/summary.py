@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from beam_nifti.config import Columns
 from beam_nifti.errors import unreadable
+from beam_nifti.pipeline.failures import PEOPLE, own_key
 from beam_nifti.record.dataset_files import read_failures_list
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.reporting.appearance import SCHEMA
@@ -154,18 +156,19 @@ def read_failures(output: str, info: DatasetInfo) -> list[dict[str, Any]]:
     path = storage.join(output, info.failures)
     try:
         lines = io.BytesIO(read_failures_list(output, info.failures, info.num_failures))
-        return list(map(_shown_of, itertools.islice(lines, MAX_FAILURES)))
+        return [_shown_of(line, info.columns) for line in itertools.islice(lines, MAX_FAILURES)]
     except (OSError, ValueError) as e:
         if may_pass(e):
             raise
         raise unreadable(f"{path}:", e) from e
 
 
-def _shown_of(line: bytes) -> dict[str, Any]:
+def _shown_of(line: bytes, columns: Columns) -> dict[str, Any]:
     """What to show of a line; a ValueError if a build has not written it."""
     failure = load_json(line, is_modest=True)
     require_type(failure, dict, "a line")
-    shown = {name: failure.get(name, "") for name in _SHOWN_OF_FAILURE}
+    keys = {name: name if name in PEOPLE else own_key(name, columns) for name in _SHOWN_OF_FAILURE}
+    shown = {name: failure.get(key, "") for name, key in keys.items()}
     for name, value in shown.items():
         if not isinstance(value, int):
             require_type(value, str, name)

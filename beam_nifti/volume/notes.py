@@ -53,7 +53,7 @@ OF_VOXELS: Final = frozenset(
         "beyond-field-of-view",
     }
 )
-"""Notes that headers do not determine, so `check` does not name their images."""
+"""Notes that headers do not determine, so `check` names their images only with `--voxels`."""
 
 
 def counter_name(note: str) -> str:
@@ -70,5 +70,5 @@ def warnings_of(counters: Mapping[str, int]) -> Iterator[str]:
     """A warning for each note that is among the counters of a build."""
     for note, text in TEXTS.items():
         if count := counters.get(counter_name(note), 0):
-            remedy = "" if note in OF_VOXELS else "; beam-nifti check lists these images"
-            yield f"warning: {counted(count, 'example')}: {text}{remedy}"
+            command = f"check{' --voxels' if note in OF_VOXELS else ''}"
+            yield f"warning: {counted(count, 'example')}: {text}; beam-nifti {command} lists these images"
