@@ -179,7 +179,7 @@ def test_every_flag_in_the_documents_exists() -> None:
     ours = frozenset[str]().union(*map(_flags, ("", *COMMANDS)))
     scripts = {"--fast", "--services", "--all", "--coverage", "--oldest", "--newest"}
     tools = {"--fix", "--dist", "--hypothesis-profile"}  # of ruff and pytest
-    benchmarks = {"--masks", "--nobrainer", "--peers", "--threads"}
+    benchmarks = {"--masks", "--nobrainer", "--peers", "--threads", "--volumes"}
     containers = {"--build-arg", "--entrypoint", "--network", "--no-install-recommends", "--rm", "--user"}
     boot = {"--worker-pool"}  # Beam's launcher of workers
     job_server = {"--execution-mode-for-batch"}  # Beam's, of Flink
