@@ -218,8 +218,8 @@ def _job_server_problems(known: argparse.Namespace) -> Iterator[str]:
     if not known.job_endpoint and shutil.which(java) is None:
         yield (
             f"{java} is not on PATH: Beam starts its job server with it; install Java 11 or newer, name it "
-            "with --job_server_java_launcher, give the address of a running job server with --job_endpoint, or "
-            "submit without one, with --flink_submit_uber_jar or --spark_submit_uber_jar"
+            "with --job_server_java_launcher, give the address of a running job server with --job_endpoint, "
+            "or submit without one, with --flink_submit_uber_jar or --spark_submit_uber_jar"
         )
 
 
