@@ -188,7 +188,7 @@ def test_every_flag_in_the_documents_exists() -> None:
     ours = frozenset[str]().union(*map(_flags, ("", *COMMANDS)))
     scripts = {"--fast", "--services", "--all", "--coverage", "--oldest", "--newest"}
     tools = {"--fix", "--dist", "--hypothesis-profile"}  # of ruff and pytest
-    benchmarks = {"--masks", "--nobrainer", "--peers", "--threads"}
+    benchmarks = {"--masks", "--nobrainer", "--peers", "--threads", "--volumes"}
     containers = {"--build-arg", "--entrypoint", "--network", "--no-install-recommends", "--rm", "--user"}
     boot = {"--worker-pool"}  # Beam's launcher of workers
     job_server = {"--execution-mode-for-batch"}  # Beam's, of Flink
@@ -199,7 +199,10 @@ def test_every_flag_in_the_documents_exists() -> None:
     nibabel = {"--compressed", "--out-dtype"}  # of its converters
     airflow = {"--conf"}
     mkdocs = {"--strict"}
-    scripts |= tools | benchmarks | airflow | mkdocs | containers | boot | job_server | gcloud | nibabel
+    kubectl = {"--for", "--timeout"}
+    scripts |= (
+        tools | benchmarks | airflow | mkdocs | kubectl | containers | boot | job_server | gcloud | nibabel
+    )
     for document in DOCUMENTS:
         text = re.sub(r"^<!--.*-->$", "", document.read_text(), flags=re.M)
         flags = {f.replace("_", "-") for f in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
