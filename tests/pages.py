@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("**/*.md")))
 
-LIBRARIES = ("tensorflow", "keras", "torch", "jax", "grain")
+LIBRARIES = ("tensorflow", "keras", "medicai", "torch", "jax", "flax", "grain")
 """What a block may ask for."""
 
 CODE = ("bash", "console", "python")

@@ -190,7 +190,7 @@ def test_files_that_are_not_of_the_layout(tmp_path: Path) -> None:
         ({"as_dict": True}, "as_dict requires a dataset_info.json"),
         ({"label": "age"}, "label requires a dataset_info.json"),
         ({"engine": "indexed"}, "engine='indexed' requires a dataset_info.json"),
-        ({"layout": "tfds"}, "layout is 'tfds'; choose 'plain', 'nobrainer' or 'medicai'"),
+        ({"layout": "tfds"}, "layout is 'tfds'; choose 'plain' or 'nobrainer' or 'medicai'"),
     ],
 )
 def test_arguments_that_need_a_dataset(options: dict[str, Any], message: str) -> None:
