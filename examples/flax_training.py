@@ -13,6 +13,7 @@ from pathlib import Path
 import grain
 import jax
 import optax
+from absl import flags
 from flax import nnx, serialization
 
 import beam_nifti as bn
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="file to go on from, if it is there, and to keep")
     parser.add_argument("--steps", type=int, help="stop after so many")
     options = parser.parse_args()
+    flags.FLAGS([parser.prog])  # with JAX, Grain starts no worker before they are parsed
 
     records = bn.Dataset(options.dataset, options.split, columns=["image", "mask"])
     labels = max(bn.inspect(options.dataset)["mask_labels"]) + 1
