@@ -58,7 +58,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2, help="processes that read; 0 reads in this one")
-    parser.add_argument("--checkpoint", type=Path, help="file to go on from, if it is there, and to keep")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="to go on from, if it is there, with as many workers, and to keep"
+    )
     parser.add_argument("--steps", type=int, help="stop after so many")
     options = parser.parse_args()
     flags.FLAGS([parser.prog])  # with JAX, Grain starts no worker before they are parsed
