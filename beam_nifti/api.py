@@ -125,6 +125,7 @@ def build(
 def check(
     manifest: ManifestTable,
     *,
+    voxels: bool = False,
     out: Path | None = None,
     runner: str | None = None,
     pipeline_options: BeamOptions = None,
@@ -137,6 +138,9 @@ def check(
 
     Args:
         manifest: same as for `build`.
+        voxels: whether to read and prepare the images, too, as the build would. Finds damaged images; volumes
+            that differ strongly from the others in mean intensity, field of view or voxel size; constant
+            volumes; and masks that are empty or have rare labels. The item `notes` lists them.
         out: also write the report to this .json file. Required on a cluster, whose workers must be able to
             write it.
         runner: same as for `build`.
@@ -147,7 +151,8 @@ def check(
         **options: see `beam_nifti.BuildOptions`.
 
     Returns:
-        The findings. Falsy if the build would not be complete, as far as headers show.
+        The findings. Falsy if the build would not be complete, as far as headers show, or voxels if they
+            are read. What differs from the rest of the cohort is a warning.
 
     Raises:
         UsageError: an option is invalid.
@@ -156,8 +161,10 @@ def check(
         OSError: a disk or a store failed.
     """
     from beam_nifti.pipeline.configure import make_config
+    from beam_nifti.pipeline.options import read_switch
     from beam_nifti.pipeline.outputs import require_ending, require_out
 
+    reads_voxels = read_switch("voxels", voxels)
     report, watcher = text_of("out", out), watcher_of(progress)
     require_ending(report, ".json")
     flags = flags_for(runner, pipeline_options, watcher)
@@ -171,7 +178,7 @@ def check(
         require_out(report, overwrite=True, inputs=inputs)
     from beam_nifti.pipeline.launch import run_check_on
 
-    return run_check_on(engine, rows, report, watcher)
+    return run_check_on(engine, rows, report, watcher, voxels=reads_voxels)
 
 
 @callable_from_python
@@ -517,6 +524,7 @@ def report(
     out: Path | None = None,
     *,
     pictures: SupportsIndex = 1000,
+    by: str | None = None,
     workers: SupportsIndex | None = None,
     runner: str | None = None,
     pipeline_options: BeamOptions = None,
@@ -530,16 +538,17 @@ def report(
             replaced. Default: report.html in the working directory; required on a cluster, whose workers
             must be able to write it.
         pictures: number of volumes to show besides the outliers, evenly spread.
+        by: column of the index, such as a site or a scanner, by which to compare intensities.
         workers: number of threads. Default: all cores.
         runner: same as for `build`.
         pipeline_options: same as for `build`.
         progress: same as for `build`.
 
     Returns:
-        A summary of the page; `problems` lists what is damaged.
+        A summary of the page; `problems` lists what is damaged, `copies` the records with the same image.
 
     Raises:
-        UsageError: an option is invalid.
+        UsageError: an option is invalid, or the index has no column `by`.
         DatasetError: there is no complete dataset.
         OutputError: the page cannot be written.
         EngineError: the runner or a worker failed.
@@ -557,6 +566,8 @@ def report(
     flags = flags_for(runner, pipeline_options, watcher)
     if (num_pictures := read_integer("--pictures", pictures)) < 0:
         raise UsageError(f"--pictures is {num_pictures}; it must be at least 0")
+    if by is not None and not isinstance(by, str):
+        raise UsageError(f"--by is {by!r}; give the name of a column of the index")
     # As engines know it: without a manifest, and with an output that workers must reach.
     threads = None if workers is None else read_integer("--workers", workers)
     config = BuildConfig(manifest="", output=dataset_path(dataset), workers=threads)
@@ -571,4 +582,4 @@ def report(
 
     info = read_info(config.output)
     with running(engine, watcher, info.num_examples, "record", "the report stopped"):
-        return write_report(config.output, info, page, engine.options, num_pictures=num_pictures)
+        return write_report(config.output, info, page, engine.options, num_pictures=num_pictures, by=by)

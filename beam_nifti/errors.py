@@ -98,11 +98,11 @@ class ManifestChangedError(ManifestError):
 
 
 class OutputError(BeamNiftiError):
-    """An output folder that may not be written: it holds something else, or another build is running."""
+    """A folder or file that may not be written: it exists, holds something else, or is being written."""
 
 
 class OutputBusyError(OutputError):
-    """An output folder that another build is writing."""
+    """An output folder that another command is writing."""
 
 
 class VolumeError(BeamNiftiError):

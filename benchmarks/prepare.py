@@ -2,7 +2,7 @@
 
 One volume of make_cohort.py (91×109×91 voxels of 2 mm, int16) goes through each function, and, for the
 interpolation, through those of scipy that do the same. CPU milliseconds of one thread, the best of
-several runs; and the bytes of the record's voxels, rescaled and packed as `beam-nifti build` does by
+several runs; and the bytes of the record's voxels, rescaled and compressed as `beam-nifti build` does by
 default, beside those of the volume as it is.
 
 Usage: prepare.py [--repeat N]

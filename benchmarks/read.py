@@ -2,7 +2,7 @@
 
 200 volumes of make_cohort.py, as .nii.gz and as datasets that are built first (1.3 GB in all). Every way runs
 in a process of its own, one after the other, and passes over all volumes twice; the second pass counts. CPU
-and wall time are a volume's, the peak is the process's resident memory, and "one by number" is the median of
+and wall time are per volume, the peak is the process's resident memory, and "one by number" is the median of
 100 reads in random order. Figures are medians over the rounds. Plain tf.data is:
 list_files, flat_map of TFRecordDataset, parse, shuffle, batch.
 
@@ -171,9 +171,9 @@ def compare(ways: dict[str, Way], makers: dict[str, Maker], reference: str) -> N
     """Make the data, measure every way, print the table.
 
     Args:
-        ways: by name; the others' CPU times are also given as shares of that of the first.
-        makers: by kind of data.
-        reference: heads the column of these shares.
+        ways: each way to read, by name. CPU times are also given as shares of that of the first.
+        makers: what makes each kind of data, by its name.
+        reference: title of the column of these shares.
     """
     parser = argparse.ArgumentParser(description="Measure what reading a volume costs.")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds; default: 3")

@@ -1,10 +1,10 @@
-"""Measure what reading a volume costs from what else there is; print a Markdown table.
+"""Measure what reading a volume costs from the formats of other libraries; print a Markdown table.
 
 The volumes and the figures are those of read.py. All but the .nii.gz hold float32 voxels in [0, 1], as a
-dataset does, each in its library's usual way: ArrayRecord one volume a record with its own compression,
+dataset does, each in its library's usual way: ArrayRecord one volume per record with its own compression,
 Mosaic Streaming and Hugging Face datasets without any, .npy as it is and behind zstd. What is mapped
-into memory is copied, as training would. Grain reads with two threads, the others with one. What is not
-installed is named and left out; all of it is there after
+into memory is copied, as training would. Grain reads with two threads, the others with one. Libraries that
+are not installed are named and skipped. To install all of them, run
 
     uv pip install '.[grain,test]' datasets mosaicml-streaming
 
@@ -49,11 +49,11 @@ def unpack(record: bytes) -> tuple[np.ndarray, np.float32]:
 
 
 class Files(Sequence[Any]):
-    """A file a volume.
+    """Files of one volume each.
 
     Args:
-        folder: of the files.
-        read: one of them.
+        folder: folder of the files.
+        read: reads one of them.
     """
 
     def __init__(self, folder: Path, read: Callable[[Path], Any]) -> None:
@@ -99,11 +99,11 @@ def make_array_record(manifest: Path, folder: Path) -> None:
 
 
 class Grain:
-    """What Grain makes of a data source.
+    """A data source that Grain reads.
 
     Args:
-        source: of it.
-        decode: makes an element of a record.
+        source: the data source.
+        decode: converts a record to an element.
     """
 
     def __init__(self, source: Any, decode: Callable[[Any], Any]) -> None:
@@ -129,7 +129,7 @@ def read_array_record(folder: Path) -> Any:
 
 
 def find_grain(manifest: Path, folder: Path) -> None:
-    """The dataset of gzip records once more, where there is something to read it with."""
+    """The dataset of gzip records once more, if Grain is installed."""
     importlib.import_module("grain")
     folder.symlink_to(folder.with_name("gzip"))
 

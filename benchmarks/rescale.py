@@ -1,7 +1,7 @@
 """Measure what each way to rescale and to store a volume costs; print Markdown tables.
 
-One volume of 91×109×91 int16 voxels, made as those of make_cohort.py are, is measured, rescaled and packed
-(igzip, level 2) in this process, 20 times; the least CPU time counts.
+One volume of 91×109×91 int16 voxels, made as those of make_cohort.py are, is measured, rescaled and
+compressed (igzip, level 2) in this process, 20 times; the least CPU time counts.
 
 Usage: rescale.py
 """

@@ -121,7 +121,7 @@ class Results:
         return statistics.median(getattr(usage, what) for usage in self.runs[name, size])
 
     def slope(self, name: str, what: str, low: int, high: int) -> float:
-        """Seconds a volume between two sizes."""
+        """Seconds per volume between two sizes."""
         return (self.median(name, high, what) - self.median(name, low, what)) / (high - low)
 
     def per_volume(self, name: str) -> float:
@@ -191,7 +191,7 @@ def table(results: Results, names: Sequence[str]) -> Iterator[str]:
 
 
 def findings(results: Results, names: Sequence[str]) -> Iterator[str]:
-    """What the table is read for; a line each."""
+    """The conclusions from the table, one line each."""
     base, small, large = SIZES
     if OWN_1 in names:
         first, later = results.slope(OWN_1, "cpu", base, small), results.slope(OWN_1, "cpu", small, large)

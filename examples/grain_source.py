@@ -1,4 +1,4 @@
-"""Fit a linear model to the labels of a dataset that Grain reads; a stopped run goes on where it was.
+"""Fit a linear model to the labels of a dataset that Grain reads; a stopped run continues where it was.
 
 Usage: grain_source.py DATASET [--split "train[:80%]"] [--where "age > 60"] [--epochs N] [--batch-size N]
            [--workers N] [--host I/N] [--checkpoint FILE] [--steps N]
@@ -49,10 +49,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2, help="processes that read; 0 reads in this one")
     parser.add_argument(
-        "--host", type=parse_host, default=(0, 1), metavar="I/N", help="of N hosts this is the I-th, from 0"
+        "--host", type=parse_host, default=(0, 1), metavar="I/N", help="this is host I, from 0, of N"
     )
-    parser.add_argument("--checkpoint", type=Path, help="file to go on from, if it is there, and to keep")
-    parser.add_argument("--steps", type=int, help="stop after so many")
+    parser.add_argument("--checkpoint", type=Path, help="file to save to, and to continue from if it exists")
+    parser.add_argument("--steps", type=int, help="stop after this many steps")
     options = parser.parse_args()
 
     records = Dataset(options.dataset, options.split, where=options.where, columns=["image", "label", "id"])

@@ -9,6 +9,11 @@ heading() {
   printf '\n== %s\n' "$*"
 }
 
+# maven ARGUMENT...: quietly; a download that stalls for a minute is tried again. Maven itself would wait half an hour.
+maven() {
+  mvn --quiet --batch-mode --no-transfer-progress -Dmaven.wagon.rto=60000 -Dmaven.wagon.http.retryHandler.count=5 "$@"
+}
+
 # Prints the command of a Python that the pins work with.
 find_python() {
   local candidate

@@ -21,7 +21,7 @@ from mkdocs.structure.pages import Page
 from beam_nifti.cli import parser as options
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE_OF_DOCS = ("*.md", "LICENSE", "examples/*.py", "pipelines/*.py")
+OUTSIDE_OF_DOCS = ("*.md", "LICENSE", "examples/*.py", "examples/*.ipynb", "pipelines/*.py")
 
 _REFERENCE = re.compile(r"^<!-- reference: (\S+) -->$", re.M)
 _CELL_OF_CODE = re.compile(r"`[^`]*`")

@@ -29,7 +29,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("**/*.md")))
 
-LIBRARIES = ("tensorflow", "keras", "medicai", "torch", "jax", "flax", "grain")
+LIBRARIES = ("tensorflow", "keras", "medicai", "torch", "monai", "torchio", "lightning", "jax", "flax", "grain")
 """What a block may ask for."""
 
 CODE = ("bash", "console", "python")
@@ -92,6 +92,31 @@ def read_blocks(page: Path) -> list[Block]:
         mark = m["mark"] or (f"not run: {reason}" if reason and m["language"] in CODE else "")
         found.append(Block(place, m["language"], text, mark))
     return found
+
+
+def read_notebook(path: Path) -> list[Block]:
+    """The cells of code of a notebook, in their order: Python, or commands of a shell after !.
+
+    Raises:
+        AssertionError: a cell has stored outputs, or has both.
+    """
+    found = []
+    for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+        if cell["cell_type"] == "code":
+            place, text = f"{os.path.relpath(path, ROOT)}:{number}", "".join(cell["source"])
+            assert not cell["outputs"], f"{place}: stored outputs"
+            assert cell["execution_count"] is None, place
+            is_shell = [line.startswith("!") for line in text.splitlines()]
+            assert all(is_shell) or not any(is_shell), place
+            text = re.sub("^!", "", text, flags=re.M) if is_shell[0] else text
+            found.append(Block(place, "bash" if is_shell[0] else "python", text, ""))
+    return found
+
+
+def run_blocks(blocks: Iterable[Block]) -> tuple[dict[str, Any], list[str]]:
+    """Run blocks in the working folder; the names that Python has then, and what each block prints."""
+    names: dict[str, Any] = {}
+    return names, [_run(block, names) for block in blocks]
 
 
 def start_of(page: Path) -> str:

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 from apache_beam.runners.direct import DirectRunner
+from apache_beam.utils import interactive_utils
 
 import beam_nifti as bn
 from beam_nifti.cli import main as cli
@@ -435,6 +436,11 @@ def test_a_killed_launcher_leaves_no_rows_beyond_the_next_build(folder: Path) ->
         (lambda: bn.report("out", "page.html", pictures=-1), "^pictures is -1; it must be at least 0"),
         (lambda: bn.report("out", "page.html", workers=0), "^workers is 0; it must be at least 1"),
         (lambda: bn.report("out", "page.html", pictures=1.5), "^pictures is 1.5; give a whole number"),
+        (lambda: bn.report("out", "page.html", by=1), "^by is 1; give the name of a column of the index"),
+        (
+            lambda: bn.report("out", "page.html", by="lable"),
+            "^by is 'lable', which is .* did you mean 'label'",
+        ),
         (lambda: bn.report("out", ""), "^out is empty; was a variable not set"),
         (lambda: bn.verify("out", workers="x"), "^workers is 'x'; give a whole number"),
         (lambda: bn.verify(""), "^dataset is empty; was a variable not set"),
@@ -584,6 +590,15 @@ def test_nothing_is_printed_and_messages_go_to_the_logger(
     assert capfd.readouterr() == ("", "")
     assert "white space at the ends" in caplog.text
     assert {record.name for record in caplog.records} == {"beam_nifti"}
+
+
+def test_a_notebook_needs_nothing_of_beams_interactive_runner(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interactive_utils, "is_in_ipython", lambda: True)
+    monkeypatch.setitem(sys.modules, "apache_beam.runners.interactive", None)  # not to be imported
+    assert bn.check("manifest.tsv", progress=False)
+    assert bn.build("manifest.tsv", "in_notebook", progress=False).num_examples == 6
 
 
 def test_a_notebook_gets_a_bar_without_a_terminal(

@@ -170,8 +170,9 @@ def test_the_example_of_a_function_is_one(tmp_path: Path) -> None:
 
 
 COMMANDS = (
-    *("manifest bids", "manifest msd", "manifest table", "manifest glob", "check", "analyze", "build"),
-    *("verify", "convert", "relabel", "withdraw", "inspect", "diff", "extract", "view", "card", "report"),
+    *("init", "manifest bids", "manifest msd", "manifest table", "manifest glob", "check", "analyze"),
+    *("build", "verify", "convert", "relabel", "withdraw", "inspect", "diff", "extract", "view", "card"),
+    "report",
 )
 
 

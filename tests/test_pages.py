@@ -16,7 +16,8 @@ def _name(page: Path) -> str:
 
 
 def _cases() -> list[object]:
-    marks = {"tensorflow": pytest.mark.tf, "torch": pytest.mark.torch}
+    marks = {"tensorflow": pytest.mark.tf}
+    marks |= dict.fromkeys(("torch", "monai", "torchio", "lightning"), pytest.mark.torch)
     return [
         pytest.param(page, id=_name(page), marks=[marks[x] for x in pages.libraries_of(page) if x in marks])
         for page in PAGES

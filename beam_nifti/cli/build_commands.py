@@ -1,4 +1,4 @@
-"""`beam-nifti build` and `check`: they call the functions of the same names, and print what comes of it."""
+"""`beam-nifti build`, `check` and `analyze`: call the functions of the same names, and print the results."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ def check(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) -
     watcher = CommandWatcher(run, options)
     survey = api.check(
         options.manifest,
+        voxels=options.voxels,
         out=options.out,
         pipeline_options=beam_flags,
         like=options.like,

@@ -1,4 +1,4 @@
-"""The options of `beam-nifti build` and `check`."""
+"""The options of `beam-nifti build`, `check` and `analyze`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from beam_nifti.pipeline.options import OPTIONS, flag_of, read_integer, read_num
 
 WITHOUT_EFFECT = "without effect on check"
 """Title of the flags that `check` accepts only because `build` does."""
+
+FOR_VOXELS = "with an effect only with --voxels"
+"""Title of the flags that make no difference to what headers show."""
 
 _BUILD_EXAMPLES = """\
 examples:
@@ -52,9 +55,11 @@ examples:
   beam-nifti check cohort/manifest.tsv
   beam-nifti check cohort/manifest.tsv --orientation RAS --spacing 1,1,1 --shape 192,224,192
   beam-nifti check cohort/manifest.tsv --json | jq '.problems[].example_id'
+  beam-nifti check cohort/manifest.tsv --voxels --mask-column lesion
 
-Accepts every flag of build, so a script can pass the same flags to both. Reads the first 64 KB of each image.
-The exit code is that of a build with these flags, as far as headers can show.
+Accepts every flag of build, so a script can pass the same flags to both. Reads the first 64 KB of each image,
+or with --voxels whole images.
+The exit code is that of a build with these flags, as far as headers, or voxels, can show.
 
 """
 
@@ -81,7 +86,7 @@ _HELP: Final = {
     "of zeros; skip: skip and count these rows; default: report an error",
     "id_column": "column with a unique name for each example; default: participant_id, joined with "
     "session_id if there is one, or else the path",
-    "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. the file must "
+    "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. The file must "
     "hold at least 16 random bytes, such as from `head -c 32 /dev/urandom`, and the workers must be able "
     "to read it; default: names are kept",
     "split": "assign participants to splits at random, in these shares, which sum to 1, such as "
@@ -89,7 +94,7 @@ _HELP: Final = {
     "change when other participants are added. kfold:5 draws fold0 to fold4 for cross-validation, and "
     "kfold:5,test=0.2 also a test set; default: the manifest's column split, or else all go to train",
     "stratify": "apply the shares of --split within each value of this column, such as site or diagnosis; "
-    "then only participants who are appended leave the splits of the others unchanged",
+    "then the splits of the others stay the same only if new participants are appended to the manifest",
     "split_seed": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
     "default: 0",
     "examples_per_shard": "largest number of examples in a shard; with --frames each, a shard still holds "
@@ -116,8 +121,8 @@ _HELP: Final = {
     "--rescale-within; default: keep them as they are",
     "mask_dtype": "dtype of mask labels: uint8 (default) for labels up to 255, or uint16 for labels up to "
     "65535",
-    "map_labels": "labels of masks to replace by others, all at once, such as 4=3 or 4=3,10=0; other labels "
-    "stay; default: none",
+    "map_labels": "labels of masks to replace by others, all at once, such as 4=3 or 4=3,10=0; or a table "
+    "with the columns from and to, such as labels.tsv; other labels stay; default: none",
     "voxel_dtype": "dtype of the stored voxels: float32 (default); float16, bfloat16: half the size, 11 and "
     "8 significant bits; uint8: a quarter, 256 levels of [0, 1]; native: the voxels of the file, which the "
     "reader rescales to exactly the values of float32",
@@ -125,7 +130,7 @@ _HELP: Final = {
     "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); each:N: every N frames, as channels of "
     "a separate example; first, or a number from 0: that "
     "frame; mean: the mean of the frames; default: 4-D images are refused",
-    "max_frames": "most frames of an image, for images with different numbers of frames and --frames each; "
+    "max_frames": "largest number of frames of an image, for --frames each of images that differ in it; "
     "default: all images must have as many frames as the first",
     "complex": "what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
     "channels; default: complex images are refused",
@@ -156,6 +161,9 @@ _HELP: Final = {
     "crop_foreground": "crop to the bounding box of these voxels: nonzero; above:T, those above T in the "
     "image's units; or mask, those with a label in the mask",
     "shape": "crop and pad around the centre to this many voxels, such as 160,192,160",
+    "voxels": "also read and prepare every image, as the build would, and find damaged images; volumes that "
+    "differ strongly from the others in mean intensity, field of view or voxel size; constant volumes; and "
+    "masks that are empty or have rare labels. Takes about as long as the build",
     "json": "print the report as JSON",
     "out": "also write the report as JSON to FILE; required on a cluster, where the workers must be able to "
     "write to it",
@@ -194,6 +202,7 @@ _OF_COMMANDS: Final[Mapping[str, Mapping[str, Any]]] = {
     "config": {"metavar": "FILE"},
     "like": {"metavar": "DATASET"},
     "json": {"action": "store_true"},
+    "voxels": {"action": "store_true"},
     "out": {"metavar": "FILE"},
     "dry_run": {"action": "store_true"},
     "metrics_file": {"metavar": "FILE"},
@@ -257,9 +266,11 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
 """Title, description and options of each group."""
 
 _UNUSED_BY_CHECK: Final = (
+    *("shuffle_seed", "compression_level", "overwrite", "recheck", "dry_run", "metrics_file"),
+)
+_USED_FOR_VOXELS: Final = (
     *("rescale_within", "clip", "mask_dtype", "interpolation", "mask_interpolation", "antialias"),
-    *("separate_z", "shuffle_seed", "compression_level"),
-    *("overwrite", "recheck", "dry_run", "metrics_file"),
+    "separate_z",
 )
 
 
@@ -282,9 +293,10 @@ def add_commands(commands: Commands) -> None:
     )
     check.add_argument("manifest", metavar="MANIFEST", help="table of images, as for build")
     for title, (about, names) in _GROUPS.items():
-        further = ("json", "out") if title == "running" else ()
-        used = [name for name in (*further, *names) if name not in _UNUSED_BY_CHECK]
+        further: tuple[str, ...] = ("voxels", "json", "out") if title == "running" else ()
+        used = [n for n in (*further, *names) if n not in (*_UNUSED_BY_CHECK, *_USED_FOR_VOXELS)]
         _add_group(check, title, about, used, _HELP_OF_CHECK)
+    _add_group(check, FOR_VOXELS, "Headers do not depend on these.", _USED_FOR_VOXELS)
     about = "Accepted and validated, so that check and build can be given the same flags."
     _add_group(check, WITHOUT_EFFECT, about, _UNUSED_BY_CHECK)
     add_beam(check)

@@ -1,4 +1,4 @@
-"""The commands that read a dataset: they call the functions of the same names, and print what comes of it."""
+"""The commands on existing datasets: they call the functions of the same names, and print the results."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from beam_nifti.support.wording import bytes_text, counted, size_text
 
 if TYPE_CHECKING:
     from beam_nifti.record.dataset_info import DatasetInfo
+
+_SHOWN_LEAKS = 20  # pairs of records in different splits to print; the page has more
 
 
 def verify(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
@@ -182,12 +184,18 @@ def report(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
         options.output,
         options.out,
         pictures=options.pictures,
+        by=options.by,
         workers=options.workers,
         pipeline_options=beam_flags,
         progress=CommandWatcher(run, options),
     )
     for problem in summary.problems:
         logs.LOGGER.warning("%s", problem)
+    leaks = [copy for copy in summary.copies if copy.is_leak][:_SHOWN_LEAKS]
+    for leak in leaks:
+        logs.LOGGER.warning("%s", leak)
+    if (more := summary.num_leaks - len(leaks)) > 0:
+        logs.LOGGER.warning("and %s of different splits", counted(more, "more pair"))
     with while_read():
         examples = counted(summary.num_examples, "example")
         outliers = counted(summary.num_outliers, "outlier")

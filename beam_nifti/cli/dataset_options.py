@@ -1,4 +1,4 @@
-"""The options of the commands that read a dataset."""
+"""The options of the commands on existing datasets."""
 
 from __future__ import annotations
 
@@ -91,10 +91,12 @@ withdrawal that was interrupted.
 _REPORT_EXAMPLES = """\
 examples:
   beam-nifti report cohort/dataset
+  beam-nifti report cohort/dataset --by site
   beam-nifti report gs://lab/dataset --out gs://lab/report.html --pictures 3000
 
 Reads every record once and checks its bytes. Requires beam-nifti[report], also on the workers of a cluster.
-If a shard or a record is damaged, the page is still written, and the exit code is 1.
+If a shard or a record is damaged, the page is still written, and the exit code is 1. Records of different
+splits that have the same image, or nearly the same one, are reported on standard error.
 
 """
 
@@ -324,6 +326,12 @@ def _add_report(commands: Commands) -> None:
         default=1000,
         metavar="N",
         help="number of volumes to show besides the outliers, evenly spaced, 5 KB each; default: 1000",
+    )
+    report.add_argument(
+        "--by",
+        metavar="COLUMN",
+        help="column of the index, such as a site or a scanner, by which to compare intensities; default: "
+        "none",
     )
     run = report.add_argument_group("running")
     add_workers(run)

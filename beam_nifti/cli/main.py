@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NoReturn, cast
 
-from beam_nifti.cli import build_commands, dataset_commands, manifest_command
+from beam_nifti.cli import build_commands, dataset_commands, init_command, manifest_command
 from beam_nifti.cli import parser as command_line
 from beam_nifti.cli.printing import all_read, complain, report_unprinted
 from beam_nifti.cli.run_summary import RunSummary, require_reports_writable, write_document
@@ -127,6 +127,7 @@ def _tell_end(run: RunSummary, options: argparse.Namespace) -> bool:
 
 def _attempt(options: argparse.Namespace, beam_flags: list[str], run: RunSummary) -> int:
     commands: dict[str, Callable[[RunSummary, argparse.Namespace, list[str]], int]] = {
+        "init": init_command.init,
         "manifest": manifest_command.write_manifest,
         "check": build_commands.check,
         "analyze": build_commands.analyze,

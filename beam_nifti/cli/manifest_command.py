@@ -88,12 +88,13 @@ def _inputs_of(options: argparse.Namespace, out: str) -> dict[str, str | None]:
     """The files that a command reads, by what they are."""
     inputs = {"the table of --join": options.join}
     if options.source == "bids":
-        inputs["a table of the study"] = out if _is_study_table(out, options.folder) else None
+        inputs["a table of the study"] = out if is_study_table(out, options.folder) else None
     if options.source == "table":
         inputs["MANIFEST"] = options.manifest
     return inputs
 
 
-def _is_study_table(path: str, study: str) -> bool:
+def is_study_table(path: str, study: str) -> bool:
+    """Whether a path is that of a table of a BIDS study."""
     name = path.rpartition("/")[2]
     return storage.is_within(path, study) and (name == "participants.tsv" or name.endswith("_sessions.tsv"))

@@ -17,6 +17,18 @@ examples:
 
 """
 
+_INIT_EXAMPLES = """\
+examples:
+  beam-nifti init study
+  beam-nifti build study.tsv study_dataset --config study.toml
+
+The second command is the one that the first prints. FOLDER is a BIDS study, a dataset in the layout of the
+Medical Segmentation Decathlon or nnU-Net, or any folder of images, with or without a table that names them.
+Writes FOLDER.tsv, unless such a table is there, and FOLDER.toml: the options that its images call for, each
+with its reason, and what is left to decide. Reads the headers of all images, and the voxels of a few.
+
+"""
+
 _BIDS_EXAMPLES = """\
 examples:
   beam-nifti manifest bids study --suffix T1w --label age --column sex --out manifest.tsv
@@ -65,7 +77,13 @@ examples:
 
 
 def add_commands(commands: Commands) -> None:
-    """Add `manifest` and its sources."""
+    """Add `init`, and `manifest` and its sources."""
+    summary = "write a manifest and a file of options for a folder of images"
+    init = add_command(commands, "init", summary, _INIT_EXAMPLES)
+    init.add_argument("folder", metavar="FOLDER", help="folder or URL of images")
+    init.add_argument("--out", metavar="DIR", help="folder of the two files; default: the working directory")
+    add_overwrite(init, "the two files")
+    init.set_defaults(quiet=True)
     manifest = add_command(commands, "manifest", "write a manifest of existing images", _MANIFEST_EXAMPLES)
     sources = manifest.add_subparsers(dest="source", metavar="SOURCE", required=True)
     _add_bids(sources)
@@ -189,23 +207,23 @@ def _add_output(source: argparse.ArgumentParser, out: str = _OUT_HELP, *, is_tab
         "--on",
         required=is_table,
         metavar="COLUMN,…",
-        help="column of ids, such as participant_id, or NAME=NAME_IN_FILE if FILE has another name for it, "
-        "such as participant_id=Subject",
+        help="column of ids, such as participant_id, or NAME=NAME_IN_FILE if the file of --join has "
+        "another name for it, such as participant_id=Subject",
     )
     source.add_argument(
         "--join-columns",
         required=is_table,
         metavar="COLUMN,…",
-        help="columns of FILE to add, or NEW=NAME to rename one, such as label=Age,sex",
+        help="columns of the file of --join to add, or NEW=NAME to rename one, such as label=Age,sex",
     )
     source.add_argument(
         "--unmatched",
         choices=("refuse", "keep", "skip"),
-        help="rows of the manifest whose id is not in FILE: refuse them (default), keep them with n/a, or "
-        "skip them",
+        help="rows of the manifest whose id is not in the file of --join: refuse them (default), keep them "
+        "with n/a, or skip them",
     )
     source.add_argument("--out", metavar="FILE", help=f".tsv, .csv, .jsonl or .parquet {out}")
-    add_overwrite(source)
+    add_overwrite(source, "the file of --out")
 
 
 def chosen_entities(options: argparse.Namespace) -> dict[str, list[str]]:

@@ -50,6 +50,7 @@ from beam_nifti.config.statistics import (
     ChannelStatistics,
     CohortStatistics,
     LabelStatistics,
+    is_far,
 )
 
 __all__ = [
@@ -96,5 +97,6 @@ __all__ = [
     "Splitting",
     "Window",
     "fold_shares",
+    "is_far",
     "spell_steps",
 ]

@@ -92,7 +92,7 @@ def fold_shares(count: int, others: Mapping[str, float]) -> dict[str, float]:
             folds.
     """
     if not 2 <= count <= MOST_FOLDS:
-        raise UsageError(f"--split is kfold:{count}; the number of folds is from 2 to {MOST_FOLDS}")
+        raise UsageError(f"--split is kfold:{count}; the number of folds must be from 2 to {MOST_FOLDS}")
     for name in others:
         if name in FOLD_PARTS or FOLD_PATTERN.fullmatch(name):
             raise UsageError(
@@ -131,12 +131,12 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
                 )
     if record.align is not None and len(columns.files) == 1:
         raise UsageError(
-            "--align has no effect on a single image; name several in --path-column, or a --mask-column, or "
-            "drop it"
+            "--align has no effect on a single image; name several columns with --path-column, give "
+            "--mask-column, or drop --align"
         )
     channels = columns.paths if len(columns.paths) > 1 else None
     record = replace(record, channels=channels, mask_dtype=mask_dtype)
-    record.require_own_statistics(columns.mask)
+    record.require_own_statistics()
     return record
 
 
@@ -178,9 +178,7 @@ class BuildConfig:
     def __post_init__(self) -> None:
         """Refuse fractions outside [0, 1] and worker counts below 1; complete the record's configuration."""
         if not (math.isfinite(self.max_bad_fraction) and 0 <= self.max_bad_fraction <= 1):
-            raise UsageError(
-                f"--max-bad-fraction is {self.max_bad_fraction}; it is a fraction between 0 and 1"
-            )
+            raise UsageError(f"--max-bad-fraction is {self.max_bad_fraction}; it must be between 0 and 1")
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"--workers is {self.workers}; it must be at least 1")
         if self.overwrite and self.recheck:

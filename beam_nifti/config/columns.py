@@ -90,7 +90,7 @@ class Columns:
                 f"--path-column is {self.path!r}; give the name of each column, such as T1w,FLAIR"
             )
         for name in {name for name in files if files.count(name) > 1}:
-            raise UsageError(f"column {name!r} is named twice by --path-column and --mask-column; drop one")
+            raise UsageError(f"--path-column and --mask-column name {name!r} twice; drop one")
         labels = [column.name for column in self.labels]
         for name in labels:
             if labels.count(name) > 1:

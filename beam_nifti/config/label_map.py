@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from beam_nifti.errors import UsageError
@@ -19,9 +19,9 @@ def parse_label_map(text: str) -> dict[int, int]:
     {4: 3}
 
     Raises:
-        UsageError: the text is no map, maps a label twice or only to itself, or a label is out of range.
+        UsageError: the text is no map, or as `make_label_map`.
     """
-    labels = dict[int, int]()
+    rows = list[tuple[str, int, int]]()
     for part in text.split(","):
         try:
             old, new = map(parse_integer, part.split("="))
@@ -30,18 +30,34 @@ def parse_label_map(text: str) -> dict[int, int]:
                 f"--map-labels is {text!r}; write each label once, as OLD=NEW of whole numbers, such as 4=3 "
                 "or 4=3,10=0"
             ) from e
+        rows.append(("--map-labels", old, new))
+    return make_label_map(text, rows)
+
+
+def make_label_map(given: str, rows: Iterable[tuple[str, int, int]]) -> dict[int, int]:
+    """The new label of each old one, without those that stay the same.
+
+    Args:
+        given: value of the option.
+        rows: where each label is mapped, for errors; the old label, and the new one.
+
+    Raises:
+        UsageError: a label is mapped twice or is out of range, or all are mapped to themselves.
+    """
+    labels = dict[int, int]()
+    for where, old, new in rows:
         if old in labels:
-            raise UsageError(f"--map-labels maps {old} twice, to {labels[old]} and to {new}; drop one")
+            raise UsageError(f"{where} maps {old} twice, to {labels[old]} and to {new}; drop one")
         if old not in _OLD or new not in _NEW:
             wrong, allowed = (old, _OLD) if old not in _OLD else (new, _NEW)
             raise UsageError(
-                f"--map-labels has {part.strip()}, but {wrong} is not from {allowed[0]} to {allowed[-1]}; "
-                "choose another label"
+                f"{where} has {old}={new}, but {wrong} is not from {allowed[0]} to {allowed[-1]}; choose "
+                "another label"
             )
         labels[old] = new
     changed = {old: new for old, new in labels.items() if old != new}
     if not changed:
-        raise UsageError(f"--map-labels is {text!r}, which maps every label to itself; drop it")
+        raise UsageError(f"--map-labels is {given!r}, which maps every label to itself; drop it")
     return changed
 
 

@@ -218,7 +218,7 @@ class RecordConfig:
         if numbers and not numbers[0] < numbers[1]:
             raise UsageError(f"--rescale is {self.rescale!r}; LO must be below HI")
         if method.endswith("percentile") and not (numbers[0] >= 0 and numbers[1] <= 100):
-            raise UsageError(f"--rescale is {self.rescale!r}; percentiles are between 0 and 100")
+            raise UsageError(f"--rescale is {self.rescale!r}; percentiles must be between 0 and 100")
         object.__setattr__(self, "rescale", spell_rule(method, numbers))
         if self.rescale_within is not None:
             selection = parse_rule("--rescale-within", self.rescale_within, SELECTIONS)
@@ -307,20 +307,15 @@ class RecordConfig:
         """The splits whose volumes are measured."""
         return tuple((self.rescale_split or "train").split(","))
 
-    def measured_options(self, mask_column: str | None) -> tuple[tuple[str, str], ...]:
-        """Names and values of the options that decide which voxels statistics of the cohort are of.
-
-        `mask_column` is the column of the masks, which selections by them depend on.
-        """
+    @property
+    def measured_options(self) -> tuple[tuple[str, str], ...]:
+        """Names and values of the options that decide which voxels statistics of the cohort are of."""
         names = (
             *("channels", "frames", "max_frames", "complex", "map_labels", "align", *PREPARATIONS),
             *("preprocess_sha256", "rescale_within"),
         )
         given = ((name, getattr(self, name)) for name in names)
-        options = [(name, _spelled(value)) for name, value in given if value is not None]
-        if mask_column is not None and "mask" in (self.rescale_within, self.crop_foreground):
-            options.append(("mask_column", mask_column))
-        return tuple(options)
+        return tuple((name, _spelled(value)) for name, value in given if value is not None)
 
     @cached_property
     def cohort_ranges(self) -> tuple[tuple[float, float], ...] | None:
@@ -354,22 +349,20 @@ class RecordConfig:
             )
         return low, high
 
-    def require_own_statistics(self, mask_column: str | None) -> None:
+    def require_own_statistics(self) -> None:
         """Refuse statistics of other voxels than those of this configuration.
-
-        Args:
-            mask_column: column of the masks; None if there are none or it is not known.
 
         Raises:
             UsageError: they were measured with other options or of other splits, or lack a number.
         """
         if self.rescale_stats is None:
             return
-        found, wanted = dict(self.rescale_stats.options), dict(self.measured_options(mask_column))
-        known = {"preprocess_sha256": self.preprocess_sha256, "mask_column": mask_column}
-        unknown = {name for name, value in known.items() if value is None}
+        found, wanted = dict(self.rescale_stats.options), dict(self.measured_options)
+        ignored = {"mask_column"}  # older statistics have it; another cohort may name its columns otherwise
+        if self.preprocess_sha256 is None:
+            ignored.add("preprocess_sha256")  # not known yet
         for name in dict.fromkeys([*wanted, *found]):
-            if name in unknown:
+            if name in ignored:
                 continue
             if found.get(name) != wanted.get(name):
                 flag = _FLAGS.get(name, f"--{name.replace('_', '-')}")

@@ -19,6 +19,16 @@ LEAST_COMPARED: Final = 20
 _MOST: Final = 1 << 62  # of anything that is counted
 
 
+def is_far(value: float, quartiles: tuple[float, float, float], least_width: float = 0.0) -> bool:
+    """Whether a value is more than FAR interquartile ranges from the quartiles.
+
+    An interquartile range below `least_width` counts as that.
+    """
+    low, _, high = quartiles
+    width = max(high - low, least_width)
+    return width > 0 and not low - FAR * width <= value <= high + FAR * width
+
+
 @dataclass(frozen=True)
 class ChannelStatistics:
     """The measured voxels of one channel of all volumes, in the image's units.
@@ -46,10 +56,8 @@ class ChannelStatistics:
     percentile_error: float
 
     def is_far(self, mean: float) -> bool:
-        """Whether the mean of a volume is more than FAR interquartile ranges from the quartiles of all."""
-        low, _, high = self.volume_quartiles
-        width = high - low
-        return width > 0 and not low - FAR * width <= mean <= high + FAR * width
+        """Whether the mean of a volume is far from those of all volumes."""
+        return is_far(mean, self.volume_quartiles)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from beam_nifti.errors import DatasetError, ManifestError
 from beam_nifti.manifest.labels import SHOWN_CLASSES, comparable
 from beam_nifti.manifest.manifest import frame_id
 from beam_nifti.manifest.reading import read_manifest
-from beam_nifti.pipeline.failures import failed_frames
+from beam_nifti.pipeline.failures import failed_frames, own_key
 from beam_nifti.pipeline.statistics_file import statistics_rows
 from beam_nifti.record.dataset_files import read_failures_list
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
@@ -182,7 +182,8 @@ def _failure_reason(output: str, info: DatasetInfo, file: str, example_id: str) 
     for wanted in (example_id, in_folder):
         if wanted in lines:
             cells = failures.table.slice(lines[wanted], 1).to_pylist()[0]
-            return f"{cells.get('stage')}: {cells.get('message')} (see {file})"
+            stage, message = (cells.get(own_key(key, columns)) for key in ("stage", "message"))
+            return f"{stage}: {message} (see {file})"
     return None
 
 

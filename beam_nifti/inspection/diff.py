@@ -33,7 +33,7 @@ _SHOWN: Final = 5  # ids to show of each kind
 
 @dataclass(frozen=True, repr=False)
 class Difference:
-    """How two datasets differ; false if they do not. `print(difference)` shows it as a table.
+    """How two datasets differ; falsy if they do not differ. `print(difference)` shows it as a table.
 
     Ids are in the order of the datasets' indexes.
 

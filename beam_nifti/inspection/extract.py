@@ -90,7 +90,7 @@ class StoredVolume:
     def of_mask(self) -> StoredVolume:
         """The mask as a volume. A record without a mask is a UsageError."""
         if self.mask is None:
-            raise UsageError(f"record {self.example_id!r} has no mask; build with a column of masks")
+            raise UsageError(f"record {self.example_id!r} has no mask; build the dataset with --mask-column")
         return replace(self, voxels=self.mask, scaling=Scaling())
 
     def on_source_grid(self) -> StoredVolume:

@@ -29,8 +29,9 @@ from beam_nifti.read.records import Element
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, size_text
+from beam_nifti.volume.header import requires_frames
 from beam_nifti.volume.preprocess import prepare_volume
-from beam_nifti.volume.volume import Volume, load_frames, load_volume, rescale_volume
+from beam_nifti.volume.volume import Volume, load_frames, load_header, load_volume, rescale_volume
 
 Path: TypeAlias = "str | os.PathLike[str]"
 
@@ -191,7 +192,7 @@ class Preparation:
                 row = replace(row, num_frames=MOST_FRAMES, clip_frames=config.clip_frames, wanted=wanted)
                 volume = next(load_frames(row, shape=shape, record=config))
             else:
-                volume = load_volume(row, shape=shape, record=config)
+                volume = self._load(row, shape, config)
             volume = prepare_volume(volume, config, shape, release=True)
             volume = rescale_volume(volume, config)
         if self.info.shape not in (None, volume.voxels.shape):
@@ -252,6 +253,19 @@ class Preparation:
                     f'mask is missing: {self.dataset} was built with {name}="mask"; give the mask'
                 )
         return replace(config, mask_dtype=None)
+
+    def _load(self, row: VolumeRow, shape: tuple[int | None, ...] | None, config: RecordConfig) -> Volume:
+        try:
+            return load_volume(row, shape=shape, record=config)
+        except VolumeError:
+            for path in row.files[: config.num_channels]:
+                header = load_header(VolumeRow(1, path, path), record=config, is_any=True)
+                if requires_frames(header, config):  # which is not an option here
+                    raise VolumeError(
+                        f"{path}: expected a 3-D image, because {self.dataset} was built without frames, got "
+                        f"shape {header.shape}; extract the frame to prepare"
+                    ) from None
+            raise
 
     def _row_of(self, image: Path | Sequence[Path], mask: Path | None) -> VolumeRow:
         images = [*image] if isinstance(image, list | tuple) else [image]

@@ -48,7 +48,7 @@ from beam_nifti.inspection.table_checks import (
 from beam_nifti.manifest.manifest import Manifest
 from beam_nifti.manifest.pseudonyms import Pseudonyms, read_pseudonyms
 from beam_nifti.manifest.reading import read_manifest
-from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames, ids_are_paths
+from beam_nifti.pipeline.failures import MAX_FAILED_FRAMES, failed_frames, ids_are_paths, own_cells
 from beam_nifti.pipeline.resume import unfinished_names
 from beam_nifti.pipeline.withdrawal import people_of, refuse_withdrawn
 from beam_nifti.record.dataset_files import (
@@ -82,7 +82,7 @@ class OnProgress(Protocol):
 
 @dataclass(frozen=True, repr=False)
 class Verification:
-    """What was checked and what is wrong; false if anything is. `print(verification)` shows all of it.
+    """What was checked and what is wrong; falsy if anything is wrong. `print` shows all of it.
 
     Attributes:
         num_examples: records checked.
@@ -158,7 +158,7 @@ def verify_dataset(
     wanted = None
     if manifest is not None:
         built_from = storage.absolute(manifest)
-        wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, is_of_dataset=True)
+        wanted = read_manifest(built_from, columns, splitting, pseudonyms, content=rows, options=())
         if wanted.labels and not record.labels:
             problem = f"{columns.label} holds texts, but the labels of {output} are numbers"
             raise ManifestError(built_from, [f"{problem}; give the manifest that it was built from"])
@@ -369,8 +369,13 @@ class _Verifier:
             for problem in check_numbers(numbers, info.manifest["num_rows"], are_unique=not info.num_frames):
                 self._problems.add(Scope.ROWS, problem)
         rows = None if wanted is None else manifest_rows(wanted, self._spec.config, cells)
+        if wanted is not None and rows is not None and info.withdrawn:
+            rows = rows.filter(pc.invert(self._are_withdrawn(wanted)))  # which are problems already
         if wanted is not None and rows is not None and (frames := info.num_frames):
-            per_row = self._frames_of_rows((wanted.kept_rows() + 1).tolist(), frames)
+            numbers = wanted.kept_rows() + 1
+            if info.withdrawn:
+                numbers = numbers[~self._are_withdrawn(wanted).to_numpy(zero_copy_only=False)]
+            per_row = self._frames_of_rows(numbers.tolist(), frames)
             if sum(map(len, per_row)) > records.num_rows + failures.num_rows + MAX_FAILED_FRAMES:
                 self._problems.add(
                     Scope.ROWS,
@@ -389,6 +394,13 @@ class _Verifier:
             for problem in compare_rows(known, rows):
                 self._problems.add(Scope.ROWS, f"{wanted.path}: {problem}")
 
+    def _are_withdrawn(self, manifest: Manifest) -> pa.BooleanArray:
+        """Which of the kept rows of a manifest are of participants who were withdrawn."""
+        people = people_of(manifest).take(pa.array(manifest.kept_rows()))
+        names = pc.unique(people).to_pylist()
+        found = find_withdrawn(names, self._info.withdrawn, self._info.withdrawals)
+        return pc.is_in(people, value_set=pa.array([*found], pa.string()))
+
     def _check_withdrawn(self) -> None:
         """Nothing here is of a participant who was withdrawn, nor in the manifest, if there is one."""
         info, wanted = self._info, self._wanted
@@ -398,7 +410,9 @@ class _Verifier:
         if found := find_withdrawn(people, info.withdrawn, info.withdrawals):
             named = first_few(sorted(found), _SHOWN)
             what = f"has records or failures of {counted(len(found), 'withdrawn participant')} ({named})"
-            self._problems.add(Scope.DATASET, f"{FILE_NAME}: {what}; run beam-nifti withdraw on a sound copy")
+            self._problems.add(
+                Scope.DATASET, f"{FILE_NAME}: {what}; run beam-nifti withdraw on an undamaged copy"
+            )
         if wanted is not None:
             try:
                 refuse_withdrawn(wanted, info)
@@ -466,7 +480,7 @@ class _Verifier:
             self._people = pc.unique(people_of(listed)).to_pylist()
             if frames:
                 failed = failed_frames(listed, frames, self._spec.config.clip_frames)
-                texts = listed.table["row"].to_pylist() if "row" in listed.table.column_names else []
+                texts = own_cells(listed, "row")
                 numbers = (int(text) if _ROW.fullmatch(text) else 0 for text in texts)
                 self._failed_rows = list(zip(listed.splits.to_pylist(), numbers, failed, strict=False))
                 found = frame_rows(found, failed)

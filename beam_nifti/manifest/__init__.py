@@ -1,8 +1,8 @@
 """The table of the cohort. Input: a file, or folders of images. Output: rows with labels and splits.
 
-For other folders: `manifest`, `reading`, `tables`, `in_memory`, `labels`, `discovery`, `msd`, `joining`,
-`image_names`, `pseudonyms` and `redaction`. Users import the names below from here; each is loaded on first
-use.
+For other folders: `manifest`, `reading`, `tables`, `in_memory`, `labels`, `discovery`, `msd`, `recognition`,
+`joining`, `image_names`, `pseudonyms` and `redaction`. Users import the names below from here; each is loaded
+on first use.
 """
 
 from __future__ import annotations

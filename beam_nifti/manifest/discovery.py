@@ -85,9 +85,11 @@ def find_bids_images(
         if name in own:
             raise UsageError(f"--column {name}: the manifest has this column already; drop it")
     study = Study.scan(root)
-    rows, notes = _choose_rows(study, suffixes, entities or {}, all_images=all_images)
-    masks = list[BidsImage]()
     mask_root = _mask_folder(root, derivatives)
+    used = [*suffixes, *([mask_suffix] if mask_suffix and mask_root == root else [])]
+    rows, more = _choose_rows(study, suffixes, entities or {}, all_images=all_images)
+    notes = [*_notes_on_names(study, suffixes, used), *more]
+    masks = list[BidsImage]()
     if mask_suffix is not None:
         of_masks = study if mask_root == root else Study.scan(mask_root)
         chosen = _entities_of(mask_suffix, entities or {}, has_own=True)
@@ -165,7 +167,10 @@ def _suffixes_of(
     for key, labels in entities.items():
         of, colon, _ = key.rpartition(":")
         if colon and of not in (*suffixes, mask_suffix):
-            raise UsageError(f"--entity {key}={labels[0]}: {of!r} is no suffix of --suffix or --mask-suffix")
+            raise UsageError(
+                f"--entity {key}={labels[0]}: {of!r} is not given with --suffix or --mask-suffix; add it "
+                "there, or drop this --entity"
+            )
     return suffixes
 
 
@@ -189,7 +194,7 @@ def _entities_of(
 def _choose_rows(
     study: Study, suffixes: Sequence[str], entities: Mapping[str, Sequence[str]], *, all_images: bool
 ) -> tuple[list[Row], list[str]]:
-    """The images of each row of the manifest, one of each suffix, and notes on all others."""
+    """The images of each row of the manifest, one of each suffix, and notes on others of these suffixes."""
     by_suffix, notes = list[list[BidsImage]](), list[str]()
     for suffix in suffixes:
         prefix = f"{suffix}:" if len(suffixes) > 1 else ""
@@ -200,7 +205,6 @@ def _choose_rows(
             refuse_several(study.root, [list(found) for _, found in groups], prefix, has_all=not prefix)
         by_suffix.append(images)
         notes += more
-    notes = [*_notes_on_names(study, suffixes), *notes]
     if len(suffixes) == 1:
         return [(image,) for image in by_suffix[0]], notes
     of_session = [{image.session: image for image in images} for images in by_suffix]
@@ -263,10 +267,10 @@ def _with_label(
     return labelled, _notes_on_choice(images, labelled, f" without {label}")
 
 
-def _notes_on_names(study: Study, suffixes: Sequence[str]) -> list[str]:
-    """Notes on all images that cannot be selected."""
+def _notes_on_names(study: Study, suffixes: Sequence[str], used: Sequence[str]) -> list[str]:
+    """Notes on all images that cannot be selected; `used` are the suffixes of images and masks."""
     notes = []
-    if others := {name: found for name, found in study.images.items() if name not in suffixes}:
+    if others := {name: found for name, found in study.images.items() if name not in used}:
         notes.append(f"not used: images of other suffixes: {counts_text(others)}")
     if misnamed := study.misnamed:
         notes.append(
@@ -376,6 +380,22 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
             participant; or a session has several images.
     """
     paths = drop_second_halves(sorted({path for pattern in patterns for path in _matches(pattern)}))
+    table = list_images(paths, folder, all_images=all_images)
+    return FoundImages(table, tuple(notes_on_content(paths)))
+
+
+def list_images(paths: Sequence[str], folder: str, *, all_images: bool | None = False) -> pa.Table:
+    """The manifest of some images, by participant, session and path.
+
+    Args:
+        paths: absolute paths, sorted.
+        folder: folder of the manifest; paths below it are made relative. "" for none.
+        all_images: keep several images of a session, and name each in a column `image_id`; None does so only
+            if there are several.
+
+    Raises:
+        UsageError: as `find_matching_images`.
+    """
     # What each path says last, in its name or in its folders; "" for nothing.
     participants, sessions = (
         [(pattern.findall(path) or [""])[-1] for path in paths] for pattern in (_PARTICIPANT, _SESSION)
@@ -386,6 +406,8 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
         table["participant_id"] = participants
         if any(sessions):
             table["session_id"] = sessions
+        if all_images is None:
+            all_images = len({*zip(participants, sessions, strict=True)}) < len(paths)
         if not all_images:
             _refuse_repeated(paths, participants, sessions)
     found = [path.removeprefix(folder and f"{folder}/") for path in paths]
@@ -394,8 +416,7 @@ def find_matching_images(patterns: Sequence[str], folder: str, *, all_images: bo
     table["path"] = found
     order = [("participant_id", "ascending")] if any(participants) else []
     order += [("session_id", "ascending")] if "session_id" in table else []
-    rows = pa.table(table).sort_by([*order, ("path", "ascending")])
-    return FoundImages(rows, tuple(notes_on_content(paths)))
+    return pa.table(table).sort_by([*order, ("path", "ascending")])
 
 
 def _matches(pattern: str) -> list[str]:

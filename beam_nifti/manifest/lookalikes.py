@@ -74,10 +74,10 @@ def warn_of_names(what: str, names: pa.Array, problems: Problems, folded: pa.Arr
         )
 
 
-def refuse_lookalikes(names: pa.Array, problems: Problems) -> None:
+def refuse_lookalikes(what: str, names: pa.Array, problems: Problems) -> None:
     """Refuse names that are probably the same, because each would be drawn a split of its own."""
     for row, other in find_lookalikes(names):
-        text = _lookalike_text("name", names, row, other, problems)
+        text = _lookalike_text(what, names, row, other, problems)
         problems.add(f"{text}, and --split would treat them as two; spell them alike, or rename one")
 
 

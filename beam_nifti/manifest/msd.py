@@ -67,13 +67,16 @@ class _Files:
         return path.rpartition("/")[2] in self.names(storage.dirname(path))
 
 
-def find_msd_images(root: str, folder: str, only: str | None = None) -> FoundImages:
+def find_msd_images(
+    root: str, folder: str, only: str | None = None, *, is_explained: bool = True
+) -> FoundImages:
     """The cases of a dataset of the Decathlon or of nnU-Net, one row each.
 
     Args:
         root: folder or URL with dataset.json.
         folder: folder of the manifest; paths in it become relative. "" for none.
         only: split whose cases are listed; None for all.
+        is_explained: whether the notes have the options with which `build` reads the manifest.
 
     Returns:
         The columns `case_id`, `split` (not for `only="train"`), `path` (one column per channel if these are
@@ -112,8 +115,23 @@ def find_msd_images(root: str, folder: str, only: str | None = None) -> FoundIma
     # Cases of "train" alone go there without a column, which would forbid to draw splits.
     table = _table_of(cases, channels, folder, has_split=only != "train")
     notes += notes_on_content([path for case in cases for path in (*case.images, case.mask) if path])
-    notes += _notes_on_use(content, cases, channels, table.column_names)
+    if labels := _labels_text(content.get("labels")):
+        notes.append(f"labels of the masks: {labels}")
+    if is_explained:
+        notes += _notes_on_use(cases, channels, table.column_names)
     return FoundImages(table, tuple(notes))
+
+
+def read_channels(root: str) -> list[str] | None:
+    """The names of the channels of a dataset; None if the folder has no dataset.json with channels.
+
+    Raises:
+        UsageError: dataset.json is damaged.
+    """
+    if not storage.exists(storage.join(root, _FILE)):
+        return None
+    content = _read_description(root)
+    return _channels_of(content, root) if content.keys() & {"channel_names", "modality"} else None
 
 
 def _read_description(root: str) -> Mapping[str, Any]:
@@ -327,12 +345,8 @@ def _column_names(channels: Sequence[str]) -> list[str]:
     return names
 
 
-def _notes_on_use(
-    content: Mapping[str, Any], cases: Sequence[_Case], channels: Sequence[str], columns: Sequence[str]
-) -> Iterator[str]:
-    """Notes on the labels, and on the options with which `build` reads the manifest."""
-    if labels := _labels_text(content.get("labels")):
-        yield f"labels of the masks: {labels}"
+def _notes_on_use(cases: Sequence[_Case], channels: Sequence[str], columns: Sequence[str]) -> Iterator[str]:
+    """Notes on the options with which `build` reads the manifest."""
     images = [name for name in columns if name not in (_CASE_ID, "split", _MASK)]
     flags = [f"--id-column {_CASE_ID}"]
     flags += [f"--path-column {','.join(images)}"] if images != ["path"] else []

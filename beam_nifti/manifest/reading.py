@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -31,6 +31,7 @@ _MOST_FOLDERS: Final = 100
 _REMEDIES_OF_MASKS: Final = ", or use --missing-mask empty or --missing-mask skip"
 _OWN: Final = ("participant_id", "session_id", "split")
 _GIVE_THAT_OF_DATASET: Final = "give the manifest that the dataset was built from"
+_AS_IN_DATASET: Final = "add it, because the dataset was built with it"
 
 
 def read_manifest(
@@ -40,7 +41,7 @@ def read_manifest(
     pseudonyms: Pseudonyms | None = None,
     *,
     content: bytes | None = None,
-    is_of_dataset: bool = False,
+    options: Collection[str] | None = None,
     is_list: bool = False,
 ) -> Manifest:
     """Read and check a manifest.
@@ -52,16 +53,17 @@ def read_manifest(
         pseudonyms: replace ids and paths in everything that is derived from the manifest, also in splits and
             in shuffled order, which could otherwise reveal them; None keeps the names.
         content: same as for `read_table`.
-        is_of_dataset: whether columns and splitting are those of a dataset, so that no option changes them.
+        options: flags that change `columns` and `splitting`, which otherwise are those of a dataset; None for
+            all flags, as in a build.
         is_list: whether it is a dataset's list of failures, which may have pseudonyms in the place of paths.
 
     Raises:
         ManifestError: with every problem found, up to 20, by row number.
     """
     columns = columns or Columns()
-    problems = Problems(path, hides_cells=pseudonyms is not None)
+    problems = Problems(path, hides_cells=pseudonyms is not None, options=options)
     table = read_table(path, _meaningful(columns, splitting), problems, content)
-    _check_columns(table, columns, splitting, problems, is_of_dataset=is_of_dataset, is_list=is_list)
+    _check_columns(table, columns, splitting, problems, is_list=is_list)
     problems.stop()
     if columns.label is None and "label" in table.column_names:
         columns = dataclasses.replace(columns, label="label")
@@ -71,7 +73,10 @@ def read_manifest(
     people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
     _warn_of_names(table, columns, people, problems)
     if splitting:
-        refuse_lookalikes(_ids(table, columns) if people is None else people, problems)
+        if people is None:
+            refuse_lookalikes("id", _ids(table, columns), problems)
+        else:
+            refuse_lookalikes("participant_id", people, problems)
     named = dict[str, pa.ChunkedArray]()
     if pseudonyms:
         ids_of = ("participant_id", "session_id", columns.id)
@@ -133,7 +138,6 @@ def _check_columns(
     splitting: Splitting | None,
     problems: Problems,
     *,
-    is_of_dataset: bool,
     is_list: bool,
 ) -> None:
     """Refuse a table that lacks or misspells a column, or has splits that are to be drawn, or nothing."""
@@ -146,11 +150,19 @@ def _check_columns(
         (splitting and splitting.stratify, "--stratify"),
     ):
         if name is not None and name not in table.column_names:
-            remedy = _GIVE_THAT_OF_DATASET if is_of_dataset else f"choose one with {flag}"
+            remedy = problems.offer(
+                flag, f"choose one with {flag}", _AS_IN_DATASET if problems.options else _GIVE_THAT_OF_DATASET
+            )
             problems.add(f"no column {name!r}; the columns are: {present}; {remedy}")
     if splitting and "split" in table.column_names:
-        remedy = "rename the column, or drop --split (--without split if --like or --config gives it)"
-        problems.add(f"has a column 'split' already; {_GIVE_THAT_OF_DATASET if is_of_dataset else remedy}")
+        remedy = problems.offer(
+            "--split",
+            "rename the column, or drop --split (--without split if --like or --config gives it)",
+            "rename it, because the splits of the dataset were drawn"
+            if problems.options
+            else _GIVE_THAT_OF_DATASET,
+        )
+        problems.add(f"has a column 'split' already; {remedy}")
     for name, meant in _misspelled(table.column_names, columns):
         problems.add(f"column {name!r} is probably meant as {meant!r}; rename it")
     if table.num_rows == 0:
@@ -180,7 +192,9 @@ def _refuse_names(table: pa.Table, columns: Columns, problems: Problems, *, may_
         for i, text in enumerate(strings(table[name])):
             if not text:
                 if what == "image" or columns.missing_mask is None:
-                    others = "" if what == "image" else _REMEDIES_OF_MASKS
+                    others = (
+                        "" if what == "image" else problems.offer("--missing-mask", _REMEDIES_OF_MASKS, "")
+                    )
                     problems.add(f"row {i + 1}: empty {name}; give the {what}'s path or drop the row{others}")
             elif not may_be_long and len(text) > _LONGEST_NAME:
                 has = f"{len(text):,} characters, more than {_LONGEST_NAME:,}"
@@ -296,14 +310,14 @@ def _check_ids(ids: pa.Array, problems: Problems) -> None:
     if pc.any(pc.equal(ids, "")).as_py():
         for i, text in enumerate(ids.to_pylist()):
             if not text:
-                problems.add(f"row {i + 1}: empty id; every image needs one (see --id-column)")
+                see = problems.offer("--id-column", " (see --id-column)", "")
+                problems.add(f"row {i + 1}: empty id; every image needs one{see}")
     if len(pc.unique(ids)) == len(ids):
         return
     first: dict[str, int] = {}
     for i, text in enumerate(ids.to_pylist()):
         if text in first and text:
-            problems.add(
-                f"row {i + 1}: id {text!r} is also in row {first[text] + 1}; "
-                "add a session_id column, or choose a column of unique ids with --id-column"
-            )
+            remedy = "add a session_id column, or choose a column of unique ids with --id-column"
+            remedy = problems.offer("--id-column", remedy, "correct one of them, or drop the row")
+            problems.add(f"row {i + 1}: id {text!r} is also in row {first[text] + 1}; {remedy}")
         first.setdefault(text, i)

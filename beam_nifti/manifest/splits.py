@@ -77,7 +77,8 @@ def draw_from_table(table: pa.Table, ids: pa.Array, splitting: Splitting, proble
         participants = table["participant_id"].combine_chunks()
         nobody = pc.equal(participants, "").to_numpy(zero_copy_only=False)
         for i in np.flatnonzero(nobody):
-            problems.add(f"row {i + 1}: empty participant_id; --split requires one in every row")
+            why = problems.offer("--split", "--split requires one in every row", "fill it in")
+            problems.add(f"row {i + 1}: empty participant_id; {why}")
     if splitting.stratify is not None:
         categories = table[splitting.stratify].combine_chunks()
         for i, first in zip(*_find_disagreements(participants, categories), strict=True):
@@ -85,7 +86,7 @@ def draw_from_table(table: pa.Table, ids: pa.Array, splitting: Splitting, proble
                 f"row {i + 1}: participant {participants[i]} has {splitting.stratify} "
                 f"{problems.shown(categories[i].as_py())} here and "
                 f"{problems.shown(categories[first].as_py())} in row {first + 1}; "
-                "--stratify requires one value per participant"
+                + problems.offer("--stratify", "--stratify requires one value per participant", "correct one")
             )
     return draw_splits(participants, splitting, categories).cast(pa.string())
 
@@ -93,9 +94,11 @@ def draw_from_table(table: pa.Table, ids: pa.Array, splitting: Splitting, proble
 def refuse_empty_splits(splits: pa.Array, splitting: Splitting, problems: Problems) -> None:
     """Refuse a draw that leaves a split without a row."""
     for name in sorted(splitting.shares.keys() - set(pc.unique(splits).to_pylist())):
+        remedy = "give it a larger share, or draw again with another --split-seed"
+        instead = "the draw is that of the dataset: keep its participants, or build another dataset"
         problems.add(
-            f"no participant falls into split {name} with a share of {splitting.shares[name]:g}; give it a "
-            "larger share, or draw again with another --split-seed"
+            f"no participant falls into split {name} with a share of {splitting.shares[name]:g}; "
+            + problems.offer("--split-seed", remedy, instead)
         )
 
 

@@ -61,11 +61,14 @@ _DECODER = json.JSONDecoder(
 class Problems:
     """Collects problems of a table, up to a limit, and warnings.
 
-    With `hides_cells`, messages do not show cells, which may be names of persons.
+    With `hides_cells`, messages do not show cells, which may be names of persons. `options` are the flags
+    that remedies may name; None for all.
     """
 
-    def __init__(self, path: str, *, hides_cells: bool = False) -> None:
-        self.path, self.hides_cells = path, hides_cells
+    def __init__(
+        self, path: str, *, hides_cells: bool = False, options: Collection[str] | None = None
+    ) -> None:
+        self.path, self.hides_cells, self.options = path, hides_cells, options
         self._found, self.warnings = list[str](), list[str]()
 
     def shown(self, cell: object) -> str:
@@ -75,6 +78,10 @@ class Problems:
     def plain(self, cell: object) -> str:
         """As `shown`, without quotes."""
         return _HIDDEN if self.hides_cells else str(cell)
+
+    def offer(self, flag: str, remedy: str, instead: str) -> str:
+        """A remedy that uses a flag, or another one if the command does not have the flag."""
+        return remedy if self.options is None or flag in self.options else instead
 
     def warn(self, warning: str) -> None:
         """Note something suspicious that does not make the table unusable."""

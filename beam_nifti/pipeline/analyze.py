@@ -164,7 +164,7 @@ def _write_measured(
     statistics, problem, config = None, "no volume could be measured", plan.build.config
     if total.num_volumes:
         try:
-            statistics = total.statistics(config.record, plan.splits, num_failed, config.columns.mask)
+            statistics = total.statistics(config.record, plan.splits, num_failed)
             problem = ""
         except VolumeError as e:
             problem = str(e)

@@ -71,10 +71,10 @@ def plan_build(config: BuildConfig, rows: bytes | None = None) -> tuple[BuildPla
     return decision.plan, _estimate(inputs, decision)
 
 
-def plan_check(config: BuildConfig, rows: bytes | None = None) -> CheckPlan:
+def plan_check(config: BuildConfig, rows: bytes | None = None, *, voxels: bool = False) -> CheckPlan:
     """Read the manifest and the first header as a build does, apart from its output.
 
-    The output of `config` is the report, "" for none.
+    The output of `config` is the report, "" for none. `voxels` is as of `CheckPlan`.
 
     Raises:
         ManifestError: the manifest cannot be built from, whatever its images are.
@@ -89,6 +89,7 @@ def plan_check(config: BuildConfig, rows: bytes | None = None) -> CheckPlan:
         None,
         num_unlabelled=manifest.num_unlabelled,
         num_unmasked=manifest.num_unmasked,
+        voxels=voxels,
     )
     try:
         inputs = Inputs.of(config, manifest)

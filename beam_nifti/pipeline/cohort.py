@@ -12,14 +12,13 @@ from beam_nifti.errors import OutputError, UsageError
 from beam_nifti.pipeline.decision import decide, read_saved_plan
 from beam_nifti.pipeline.inputs import Inputs
 from beam_nifti.pipeline.parts import BUILD_FOLDER
-from beam_nifti.pipeline.plan import UNITS_PER_WORKER, BuildPlan
+from beam_nifti.pipeline.plan import BuildPlan, unit_rows
 from beam_nifti.pipeline.publish import find_replaceable
 from beam_nifti.pipeline.statistics_file import STATISTICS_NAME, Analysis, Measured
 from beam_nifti.record.versions import record_versions
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
 
-_MOST_ROWS: Final = 64  # of a unit of work
 _FREE_BYTES: Final = 64 << 20
 _ROW_BYTES: Final = 4 << 10
 """Most bytes of a result: a constant, and an amount per row, which may have failed."""
@@ -56,14 +55,14 @@ class AnalysisPlan:
     def unit_rows(self) -> int:
         """Most rows of a unit of work."""
         num_rows = sum(self.build.split_sizes[split] for split in self.splits)
-        return max(1, min(_MOST_ROWS, num_rows // (UNITS_PER_WORKER * (self.build.config.workers or 1))))
+        return unit_rows(num_rows, self.build.config.workers)
 
     @property
     def key(self) -> str:
         """16 hex digits that differ if other volumes are measured, or in another way."""
         plan, record = self.build, self.build.config.record
         facts: list[Any] = [
-            record.measured_options(None),
+            record.measured_options,
             record.rescale,
             self.splits,
             plan.digest,

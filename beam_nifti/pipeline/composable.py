@@ -204,7 +204,7 @@ class LoadVolume(_Step):
         complex: str | None = None,
         channels: Names | None = None,
         mask_dtype: str | None = None,
-        map_labels: str | Mapping[Any, SupportsIndex] | None = None,
+        map_labels: StrPath | Mapping[Any, SupportsIndex] | None = None,
         nonfinite: Rule | None = None,
         align: str | None = None,
         interpolation: str | None = None,

@@ -16,7 +16,7 @@ from beam_nifti.config import Columns, LabelColumn
 from beam_nifti.manifest.labels import name_classes
 from beam_nifti.manifest.manifest import Manifest, frame_id
 from beam_nifti.pipeline.configure import DERIVED, NOT_GIVEN, content_options, value_text
-from beam_nifti.pipeline.failures import PEOPLE, listed_cells
+from beam_nifti.pipeline.failures import PEOPLE, listed_cells, own_cells
 from beam_nifti.pipeline.options import flag_of
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.index import extra_column
@@ -175,8 +175,7 @@ def _failed_rows(listed: Manifest, manifest: Manifest, num_rows: int, folder: st
     Its paths were relative to `folder`.
     """
     table, as_they_were = listed.table, {"split", *(column.name for column in listed.columns.labels)}
-    texts = table["row"].to_pylist() if "row" in table.column_names else []
-    numbers = [int(text) if re.fullmatch("[0-9]{1,18}", text) else 0 for text in texts]
+    numbers = [int(text) if re.fullmatch("[0-9]{1,18}", text) else 0 for text in own_cells(listed, "row")]
     kept = [at for at, number in enumerate(numbers) if 1 <= number <= num_rows]
     rows = pa.array([numbers[at] for at in kept], pa.int64())
     cells: dict[str, Any] = {"row": rows, "example_id": manifest.ids.take(pc.subtract(rows, 1))}

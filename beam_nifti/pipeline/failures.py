@@ -148,7 +148,7 @@ def write_failures(
     If ids are anonymous, the lines have no paths, and `read_manifest` refuses them.
     """
     labels = {column.name for column in columns.labels}
-    named = {*columns.files, columns.id, *labels}  # are keys as they are
+    own, named = {key: own_key(key, columns) for key in _OWN_KEYS}, _named(columns)
     elsewhere = {*labels, *columns.files}  # are in the line already, the paths made absolute
     keys = {column: _extra_key(column, named) for column in extra_columns if column not in elsewhere}
     with storage.create(path, below) as handle:
@@ -160,11 +160,11 @@ def write_failures(
             paths = row.pseudonyms or [path and storage.join(folder, path) for path in row.files]
             cells: dict[str, object] = {
                 **{keys[c]: v for c, v in zip(extra_columns, row.extras, strict=True) if c in keys},
-                "row": row.row,
-                "stage": failure.stage,
-                "error": failure.error,
-                "message": failure.message if row.frame is None else _messages(of_image),
-                **_frames_cell(of_image),
+                own["row"]: row.row,
+                own["stage"]: failure.stage,
+                own["error"]: failure.error,
+                own["message"]: failure.message if row.frame is None else _messages(of_image),
+                **{own[key]: cell for key, cell in _frames_cell(of_image).items()},
                 **({columns.id: row.image_id} if columns.id is not None else {}),
                 **dict(zip(columns.files, paths, strict=True)),
                 "participant_id": row.participant_id,
@@ -175,7 +175,7 @@ def write_failures(
                 if not cells[name]:
                     del cells[name]
             if columns.has_label_features:
-                # Under the manifest's names, also where one is a key above: it is what a retry reads.
+                # Under the manifest's names, which a retry reads.
                 cells |= {c: v for c, v in zip(extra_columns, row.extras, strict=True) if c in labels}
             elif columns.label is not None:
                 cells[columns.label] = row.label
@@ -199,8 +199,8 @@ def listed_cells(listed: Manifest, column: str, manifest: Manifest, folder: str)
     relative ones were relative to `folder`.
     """
     columns = listed.columns
-    named = {columns.id, *columns.files, *(label.name for label in columns.labels)}
-    key = column if column in PEOPLE or column in columns.files else _extra_key(column, named)
+    is_kept = column in PEOPLE or column in columns.files
+    key = column if is_kept else _extra_key(column, _named(columns))
     if key not in listed.table.column_names:
         return None
     cells = listed.table[key].combine_chunks()
@@ -219,8 +219,7 @@ def failed_frames(listed: Manifest, num_frames: int, clip_frames: int = 1) -> li
     Raises:
         ManifestError: a cell is no list of frames, or there are too many.
     """
-    has_frames = "frames" in listed.table.column_names
-    cells = listed.table["frames"].to_pylist() if has_frames else [""] * len(listed)
+    cells = own_cells(listed, "frames") or [""] * len(listed)
     if (total := sum(cell.count(",") + 1 if cell else num_frames for cell in cells)) > MAX_FAILED_FRAMES:
         raise ManifestError(listed.path, [f"lists {total} frames, more than {MAX_FAILED_FRAMES}"])
     every = range(0, num_frames * clip_frames, clip_frames)
@@ -253,12 +252,13 @@ def read_failures(path: str, num_failed: int, columns: Columns, below: str) -> l
     """The rows of a list of failures, which is of `num_failed` volumes."""
     content = read_failures_of(path, num_failed, below)
     listed = read_manifest(path, columns, content=content, is_list=True)
-    cells = (
-        listed.table[name].to_pylist() for name in ("row", columns.paths[0], "stage", "error", "message")
-    )
+    images = listed.table[columns.paths[0]].to_pylist()
+    cells = (own_cells(listed, key) for key in ("row", "stage", "error", "message"))
     return [
         FailedVolume(int(row), example_id, image, stage, error, message)
-        for example_id, row, image, stage, error, message in zip(listed.ids.to_pylist(), *cells, strict=True)
+        for example_id, image, row, stage, error, message in zip(
+            listed.ids.to_pylist(), images, *cells, strict=True
+        )
     ]
 
 
@@ -275,6 +275,29 @@ def _messages(failures: Sequence[Failure]) -> str:
     for failure in failures:
         frames.setdefault(failure.message, []).append(str(failure.row.frame))
     return "; ".join(f"frames {', '.join(numbers)}: {message}" for message, numbers in frames.items())
+
+
+def own_key(key: str, columns: Columns) -> str:
+    """The name of a key of ours: with a prefix if it is that of a column of files, ids or labels."""
+    roles = _names_of_roles(columns)
+    while key in roles:
+        key = f"failure_{key}"
+    return key
+
+
+def own_cells(listed: Manifest, key: str) -> list[str]:
+    """The cells of a key of ours in a list of failures; none if it does not have the key."""
+    name = own_key(key, listed.columns)
+    return listed.table[name].to_pylist() if name in listed.table.column_names else []
+
+
+def _named(columns: Columns) -> set[str | None]:
+    """The keys that further columns cannot have."""
+    return {*_names_of_roles(columns), *(own_key(key, columns) for key in _OWN_KEYS)}
+
+
+def _names_of_roles(columns: Columns) -> set[str | None]:
+    return {*columns.files, columns.id, *(column.name for column in columns.labels)}
 
 
 def _extra_key(column: str, named: Container[str | None]) -> str:

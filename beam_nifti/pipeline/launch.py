@@ -56,6 +56,23 @@ def _quiet_beam() -> Iterator[None]:
         logger.setLevel(level)
 
 
+@logs.shared
+@contextlib.contextmanager
+def _plain_labels() -> Iterator[None]:
+    """Keep Beam from adding the number of a notebook's cell to the labels of steps.
+
+    For these numbers it imports its interactive runner, which fails without pandas, and with pandas 3.
+    """
+    from apache_beam import pipeline
+
+    add_number = pipeline.alter_label_if_ipython
+    pipeline.alter_label_if_ipython = lambda *_: None
+    try:
+        yield
+    finally:
+        pipeline.alter_label_if_ipython = add_number
+
+
 @contextlib.contextmanager
 def running(
     engine: Engine, watcher: Watcher, total: int, unit: str, what: str, plan: BuildPlan | None = None
@@ -82,6 +99,7 @@ def running(
         with contextlib.ExitStack() as stack:
             stack.enter_context(progress)
             stack.enter_context(watcher.around(engine))
+            stack.enter_context(_plain_labels())
             if engine.is_local:
                 stack.enter_context(_quiet_beam())
             yield
@@ -185,8 +203,12 @@ def run_analysis_on(engine: Engine, rows: bytes | None, out: str | None, watcher
     return analysis
 
 
-def run_check_on(engine: Engine, rows: bytes | None, out: str | None, watcher: Watcher) -> Survey:
+def run_check_on(
+    engine: Engine, rows: bytes | None, out: str | None, watcher: Watcher, *, voxels: bool = False
+) -> Survey:
     """Check the images of a manifest, as `run_build_on`; `out` is the file of the report, if any.
+
+    `voxels` is as of `CheckPlan`.
 
     Raises:
         EngineError: the engine or a worker failed.
@@ -195,7 +217,7 @@ def run_check_on(engine: Engine, rows: bytes | None, out: str | None, watcher: W
     # Beam is loaded with it.
     from beam_nifti.pipeline.check import check_images
 
-    plan = plan_check(engine.config, rows)
+    plan = plan_check(engine.config, rows, voxels=voxels)
     watcher.on_plan(plan)
     base = plan.config.temp_location or storage.dirname(plan.config.output)
     folder = None if engine.is_local else storage.join(base, f"beam_nifti-{uuid.uuid4().hex}")

@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Final, NoReturn, SupportsFloat, SupportsIndex, TypeAlias, TypedDict
@@ -36,7 +36,8 @@ from beam_nifti.config import (
     fold_shares,
     spell_steps,
 )
-from beam_nifti.errors import UsageError, VolumeError
+from beam_nifti.config.label_map import make_label_map, spell_label_map
+from beam_nifti.errors import ManifestError, UsageError, VolumeError
 from beam_nifti.pipeline.statistics_file import Analysis
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
@@ -93,12 +94,12 @@ class BuildOptions(TypedDict, total=False):
             wrote. Default: the dataset's own, which its first build measures.
         clip: whether rescaled voxels outside [0, 1] become 0 or 1. Default: False.
         mask_dtype: "uint8" (default) or "uint16".
-        map_labels: labels of masks that become others, all at once, such as {4: 3} or "4=3". Default: none.
+        map_labels: labels of masks that become others, all at once, such as {4: 3} or "4=3"; or a table with
+            the columns "from" and "to", as a path or URL. Default: none.
         voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
         frames: frames of 4-D images: "all", "each", "each:N" (clips of N frames), "first", "mean", or a
-            number from 0. Default: 4-D images
-            are refused.
-        max_frames: most frames of an image with frames="each", for images that differ in their number.
+            number from 0. Default: 4-D images are refused.
+        max_frames: largest number of frames of an image, for frames="each" of images that differ in it.
             Default: every image has as many as the first.
         complex: how complex images are stored: "magnitude", "phase" (radians), "real-imag". Default: complex
             images are refused.
@@ -158,7 +159,7 @@ class BuildOptions(TypedDict, total=False):
     rescale_stats: StrPath | CohortStatistics | Analysis | None
     clip: bool | None
     mask_dtype: str | None
-    map_labels: str | Mapping[Any, SupportsIndex] | None
+    map_labels: StrPath | Mapping[Any, SupportsIndex] | None
     voxel_dtype: str | None
     frames: str | SupportsIndex | None
     max_frames: str | SupportsIndex | None
@@ -423,16 +424,48 @@ def _read_frames(flag: str, value: object) -> str:
     return str(value if isinstance(value, str) else read_integer(flag, value, wanted))
 
 
+_LABEL_TABLE: Final = ("from", "to")
+
+
 def _read_label_map(flag: str, value: object) -> str:
-    wanted = "give the new label of each label to change, such as 4=3"
-    if not isinstance(value, Mapping):
+    table = f"the path of a table with the columns {' and '.join(_LABEL_TABLE)}"
+    wanted = f"give the new label of each label to change, such as 4=3, or {table}"
+    if isinstance(value, Mapping):
+        try:
+            return ",".join(f"{_integer(old)}={_integer(new)}" for old, new in value.items()) or _refuse(
+                flag, value, wanted
+            )
+        except ValueError:
+            _refuse(flag, value, wanted)
+    if isinstance(value, str) and ("=" in value or not value.strip()):
         return _read_text(flag, value, wanted)
-    try:
-        return ",".join(f"{_integer(old)}={_integer(new)}" for old, new in value.items()) or _refuse(
-            flag, value, wanted
-        )
-    except ValueError:
+    if not isinstance(value, str | os.PathLike):
         _refuse(flag, value, wanted)
+    path = storage.path_text(flag, value)
+    return spell_label_map(make_label_map(path, _label_rows(flag, path, wanted)))
+
+
+def _label_rows(flag: str, path: str, wanted: str) -> Iterator[tuple[str, int, int]]:
+    """Where each row of a table is, its old label and its new one."""
+    from beam_nifti.manifest.tables import read_table  # which loads pyarrow
+
+    try:
+        table = read_table(storage.absolute(path))
+    except ManifestError as e:
+        raise UsageError(
+            f"{flag} is {path!r}, which is no label map: {'; '.join(e.problems)}; {wanted}"
+        ) from e
+    if not {*_LABEL_TABLE} <= {*table.column_names}:
+        found = ", ".join(table.column_names)
+        raise UsageError(f"{flag} is {path!r}, whose columns are {found}; {wanted}")
+    columns = [table[name].to_pylist() for name in _LABEL_TABLE]
+    for number, cells in enumerate(zip(*columns, strict=True), start=1):
+        where = f"{flag}: {path}: row {number}"
+        try:
+            old, new = map(parse_integer, cells)
+        except ValueError as e:
+            raise UsageError(f"{where}: {e}; give whole numbers, or drop the row") from e
+        yield where, old, new
 
 
 _KFOLD: Final = re.compile(r"kfold:([0-9]{1,9})", re.A)
@@ -502,7 +535,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "rescale_stats": Option(_read_statistics, metavar="FILE"),
     "clip": Option(read_switch),
     "mask_dtype": _one_of(MASK_DTYPES),
-    "map_labels": Option(_read_label_map, metavar="OLD=NEW,…"),
+    "map_labels": Option(_read_label_map, metavar="OLD=NEW,…|FILE"),
     "voxel_dtype": _one_of(VOXEL_DTYPES),
     "frames": Option(_read_frames, FRAMES, metavar="|".join(FRAMES)),
     "max_frames": Option(read_integer, metavar="N"),

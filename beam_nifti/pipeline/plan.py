@@ -33,6 +33,10 @@ UNIT_BYTES: Final = 1 << 30
 """Most bytes of voxels per work unit: some seconds, which a crash costs a thread. A shard of SHARD_BYTES has
 less."""
 
+_HEADERS_AT_A_TIME: Final = 256
+_VOLUMES_AT_A_TIME: Final = 64
+"""Most rows of a work unit that makes no records."""
+
 MAX_UNIT_ROWS: Final = 1 << 14
 """Most rows per work unit: about 10 MB in memory."""
 
@@ -344,6 +348,7 @@ class CheckPlan:
         build: plan of the build into an empty output; None if it would be refused before it starts.
         refusal: why it would be refused; "" if it would not.
         num_unlabelled, num_unmasked: as of `Manifest`.
+        voxels: whether to read voxels, too.
     """
 
     config: BuildConfig
@@ -353,6 +358,12 @@ class CheckPlan:
     refusal: str = ""
     num_unlabelled: int = 0
     num_unmasked: int = 0
+    voxels: bool = False
+
+    @property
+    def unit_rows(self) -> int:
+        """Most rows of a unit of work."""
+        return unit_rows(self.num_rows, self.config.workers) if self.voxels else _HEADERS_AT_A_TIME
 
 
 def with_absolute_paths(config: BuildConfig) -> BuildConfig:
@@ -408,6 +419,11 @@ def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) ->
         )
         each = min(each, packed * _ASSUMED_SHARE.get(record.voxel_dtype, 1.0))
     return num_voxels * each + _RECORD_OVERHEAD
+
+
+def unit_rows(num_rows: int, workers: int | None) -> int:
+    """Most rows of a work unit that reads volumes and makes no records."""
+    return max(1, min(_VOLUMES_AT_A_TIME, num_rows // (UNITS_PER_WORKER * (workers or 1))))
 
 
 def choose_unit_rows(num_rows: int, image_bytes: int, workers: int) -> int:

@@ -36,7 +36,7 @@ BeamOptions: TypeAlias = "PipelineOptions | Mapping[str, Any] | Sequence[str] | 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_FLAGS: Final = re.compile(r"(?<![\w-])--(manifest|deep|pictures|out|like|config|runner)(?![\w-])")
+_FLAGS: Final = re.compile(r"(?<![\w-])--(manifest|deep|pictures|by|out|like|config|runner)(?![\w-])")
 """Flags that are parameters of these functions, besides the options of a build."""
 
 _BEAM: Final = ForkGuard()
@@ -136,7 +136,8 @@ def configure(
     watcher: Watcher,
 ) -> tuple[BuildConfig, bytes | None]:
     """The configuration of a build, and the rows of a manifest that is no file, as a Parquet file."""
-    if flags and not (config is None and like is None and options.get("rescale_stats") is None):
+    files = (config, like, *(options.get(name) for name in ("rescale_stats", "reference", "map_labels")))
+    if flags and any(file is not None for file in files):
         watcher.load_beam()
         from beam_nifti.pipeline.beam_flags import set_stores
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 import pyarrow.compute as pc
 
@@ -13,11 +14,13 @@ from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.outputs import refuse_own
 from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.pipeline.rewrite import Rewrite
-from beam_nifti.pipeline.rewrite_target import end_rewriting, holding, require_workers
-from beam_nifti.pipeline.withdrawal import pseudonyms_of, refuse_withdrawn
-from beam_nifti.record.dataset_files import FILE_NAME, read_content
+from beam_nifti.pipeline.rewrite_target import end_rewriting, holding
+from beam_nifti.pipeline.withdrawal import read_rewritable, refuse_withdrawn
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.storage import paths as storage
+
+_OPTIONS: Final = ("--label-column", "--missing-label", "--anonymous-ids")
+"""Flags of the command that concern the manifest."""
 
 
 def relabel_dataset(
@@ -35,15 +38,12 @@ def relabel_dataset(
 
     `rows` is the Parquet file of a manifest in memory.
     """
-    require_workers(workers)
-    content, path = read_content(output), storage.absolute(manifest)
-    info = DatasetInfo.from_json(content, storage.join(output, FILE_NAME))
-    Rewrite.require_rewritable(output, info)
+    content, info, pseudonyms = read_rewritable(output, anonymous_ids, workers)
+    path = storage.absolute(manifest)
     refuse_own(path, output)
     given = {"label": label_column, "missing_label": missing_label}
     columns = Columns(**vars(info.columns) | {name: text for name, text in given.items() if text is not None})
-    pseudonyms = pseudonyms_of(output, info, anonymous_ids)
-    changed = read_manifest(path, columns, info.splitting, pseudonyms, content=rows)
+    changed = read_manifest(path, columns, info.splitting, pseudonyms, content=rows, options=_OPTIONS)
     changed.log_warnings()
     refuse_withdrawn(changed, info)
     _require_same_folder(output, info, changed)

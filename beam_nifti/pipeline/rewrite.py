@@ -25,7 +25,7 @@ from beam_nifti.manifest.labels import label_of
 from beam_nifti.manifest.manifest import Manifest, VolumeRow, frame_id
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline import lock
-from beam_nifti.pipeline.failures import Failure, failed_frames, ids_are_paths, write_failures
+from beam_nifti.pipeline.failures import Failure, failed_frames, ids_are_paths, own_cells, write_failures
 from beam_nifti.pipeline.merge import describe_shard
 from beam_nifti.pipeline.parts import (
     BUILD_FOLDER,
@@ -237,9 +237,9 @@ class Rewrite:
         columns = info.columns
         listed = read_manifest(path, columns, content=content, is_list=True)
         frames: Sequence[tuple[int, ...] | None] = [None] * len(listed)
-        if info.num_frames and "frames" in listed.table.column_names:
+        if info.num_frames and (cells := own_cells(listed, "frames")):
             of_lines = zip(
-                listed.table["frames"].to_pylist(),
+                cells,
                 failed_frames(listed, info.num_frames, info.record_config.clip_frames),
                 strict=True,
             )
@@ -247,7 +247,7 @@ class Rewrite:
         prefix = ""
         if ids_are_paths(columns, info.manifest["columns"]):
             prefix = f"{storage.dirname(info.manifest['path'])}/"
-        texts = (listed.table[key].to_pylist() for key in ("stage", "error", "message"))
+        texts = (own_cells(listed, key) for key in ("stage", "error", "message"))
         return {
             name.removeprefix(prefix): (stage, error, message, numbers)
             for name, stage, error, message, numbers in zip(
@@ -312,8 +312,8 @@ class Rewrite:
         if lost := sorted(ids.difference(kept.to_pylist())):
             named = "" if self.manifest.key_check else f" ({first_few(lost, _SHOWN)})"
             raise UsageError(
-                f"{self.manifest.path}: lacks {counted(len(lost), 'example')} of {self.output}{named}, or "
-                "skips them for want of a label; keep their rows, with --missing-label nan if they have none"
+                f"{self.manifest.path}: lacks {counted(len(lost), 'example')} of {self.output}{named}, as "
+                "rows are absent or skipped; keep all rows, with --missing-label nan if they have no label"
             )
 
     def _failure_of(self, row: VolumeRow, frames: Sequence[int | None]) -> Failure:
@@ -516,7 +516,7 @@ class Rewrite:
         if [was["source"], *(was[extra_column(name)] for name in names)] != now:
             named = "" if row.pseudonyms else f" ({row.example_id})"
             raise UsageError(
-                f"row {row.row}{named} has other images than the record in {self.output}; build it instead"
+                f"row {row.row}{named} has other images than its record in {self.output}; run a build instead"
             )
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - of an object that lives as long as the command

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from beam_nifti.config import BuildConfig
@@ -256,11 +257,19 @@ _MASTERS: Final = {
 }
 """The flags that name clusters, what they mean, and examples."""
 
+
+def _prism_problems(known: argparse.Namespace, _: set[str], __: BuildConfig) -> Iterator[str]:
+    path = known.prism_location
+    if path and "://" not in path and not Path(path).is_file():
+        yield f"--prism_location is {path}: no such file; give the path or URL of Prism's binary, or drop it"
+
+
 _CHECKS: Final[dict[str, Callable[[argparse.Namespace, set[str], BuildConfig], Iterator[str]]]] = {
     "DataflowRunner": _dataflow_problems,
     "FlinkRunner": _master_problems,
     "SparkRunner": _master_problems,
     "PortableRunner": _portable_problems,
+    "PrismRunner": _prism_problems,
 }
 
 

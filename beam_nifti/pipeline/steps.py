@@ -238,8 +238,7 @@ class RescaleFn(VolumeFn):
             volume = self._checked(volume)
             config = _joined(volume.config, self._config, _RESCALED)
             if self.follows_any:
-                columns = volume.row.columns
-                config.require_own_statistics(None if columns is None else columns.mask)
+                config.require_own_statistics()
             rescaled = rescale_volume(volume, config)
         yield rescaled
 

@@ -1,4 +1,4 @@
-"""The kinds of images, and what a build would make of them, from headers and sizes of files."""
+"""The kinds of images, and what a build would make of them: from headers, and from voxels if wanted."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline.advice import ImageKind, suggest_flags, tally
 from beam_nifti.pipeline.plan import CheckPlan, record_bytes, stored_itemsize
+from beam_nifti.pipeline.voxel_survey import TEXTS as VOXEL_TEXTS
+from beam_nifti.pipeline.voxel_survey import Finding, MeasuredImage, measure_image
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
 from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
@@ -72,7 +74,8 @@ class Tally:
 
     Attributes:
         num_images: all images.
-        bad: images that the build would skip, as far as headers tell.
+        bad: images of which the build would skip a record, as far as is known.
+        num_failed: records that it would skip.
         kinds: kinds on disk of the first images of examples, also of those that other options would accept.
         first: the first image of each kind.
         records: shapes of the records of the same images; "?" if headers do not determine them.
@@ -82,11 +85,12 @@ class Tally:
         source_bytes: size of the files.
         record_bytes: expected size of the records in shards.
         largest_bytes: size of the voxels of the largest volume, on disk or stored, uncompressed.
-        notes: what a user should know of some images, by the keys of `notes.TEXTS`.
+        notes: what a user should know of some images, by the keys of `notes.TEXTS` and `voxel_survey.TEXTS`.
     """
 
     num_images: int = 0
     bad: NamedImages = field(default_factory=NamedImages)
+    num_failed: int = 0
     kinds: Counter[ImageKind] = field(default_factory=Counter)
     first: dict[ImageKind, NamedImage] = field(default_factory=dict)
     records: Counter[str] = field(default_factory=Counter)
@@ -102,6 +106,7 @@ class Tally:
         """Count what another tally has counted."""
         self.num_images += other.num_images
         self.bad.add(other.bad)
+        self.num_failed += other.num_failed
         self.num_examples += other.num_examples
         for name in ("kinds", "records", "frames", "splits"):
             getattr(self, name).update(getattr(other, name))
@@ -113,24 +118,37 @@ class Tally:
         for note, images in other.notes.items():
             self.notes.setdefault(note, NamedImages()).add(images)
 
+    def note(self, found: Finding) -> None:
+        """Count an image that has a note."""
+        image = NamedImage(found.row, found.example_id, found.message)
+        self.notes.setdefault(found.key, NamedImages()).add(NamedImages(1, [image]))
 
-def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Tally, str | None]:
-    """Look at one example: the first 64 KB of each of its files.
+
+def survey_image(
+    row: VolumeRow, folder: str, plan: CheckPlan
+) -> tuple[Tally, str | None, MeasuredImage | None]:
+    """Look at one example: the first 64 KB of each of its files, and their voxels if the plan says so.
 
     Returns:
-        Its survey, of the first image if there are several; and what it shares with copies of it, None if it
-        cannot be read.
+        Its survey, of the first image if there are several; what it shares with copies of it, None if it
+        cannot be read; and what was measured of its voxels, if they were read.
 
     Raises:
         OSError: the disk, the network or a store failed, which does not concern the image.
     """
     found, record = Tally(num_images=1), plan.config.record
-    header = None
+    header = measured = None
     try:
         with redacting(row, folder):
             header = _require_usable(row, folder, plan)
     except VolumeError as e:
         found.bad = NamedImages(1, [NamedImage(row.row, row.example_id, str(e))])
+        found.num_failed = len(row.positions)
+    if header is not None and plan.build is not None and plan.voxels:
+        measured = measure_image(row, folder, header, plan.build)
+        found.num_failed = measured.num_failed
+        if measured.problem:
+            found.bad = NamedImages(1, [NamedImage(row.row, row.example_id, measured.problem)])
     try:
         with redacting(row, folder), reading(row.path):
             # An image that the build would make with other options counts too.
@@ -141,17 +159,20 @@ def survey_image(row: VolumeRow, folder: str, plan: CheckPlan) -> tuple[Tally, s
             heads = [storage.read_head(files[-1], _HEAD_BYTES) for files in examined]
     except VolumeError:
         if found.bad.num:
-            return found, None
+            return found, None, measured
         raise
     content = f"{found.source_bytes}-{hashlib.sha256(b''.join(heads)).hexdigest()}"
     image, kind = NamedImage(row.row, row.example_id), ImageKind.of(header)
-    found.notes = {note: NamedImages(1, [image]) for note in header.notes}
+    notes = measured.notes if measured and measured.num_volumes else header.notes
+    found.notes = {note: NamedImages(1, [image]) for note in notes}
+    for finding in measured.findings if measured else ():
+        found.note(finding)
     found.kinds[kind], found.first[kind] = 1, image
     with contextlib.suppress(VolumeError):
         layout = require_storable(row.path, header, record)
-        _count_records(found, header, layout, record)
+        _count_records(found, header, layout, record, measured)
         found.splits[row.split] = found.num_examples
-    return found, content
+    return found, content, measured
 
 
 def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeader:
@@ -165,16 +186,25 @@ def _require_usable(row: VolumeRow, folder: str, plan: CheckPlan) -> VolumeHeade
     return header
 
 
-def _count_records(found: Tally, header: VolumeHeader, layout: RecordLayout, record: RecordConfig) -> None:
+def _count_records(
+    found: Tally,
+    header: VolumeHeader,
+    layout: RecordLayout,
+    record: RecordConfig,
+    measured: MeasuredImage | None,
+) -> None:
     """Count the records of an image, whether or not they match those of others."""
-    shape, itemsize = layout.stored_shape, layout.dtype.itemsize
+    shape, itemsize = (measured and measured.shape) or layout.stored_shape, layout.dtype.itemsize
     voxels = math.prod(shape or layout.shape)
     found.records["?" if shape is None else size_text(shape)] = 1
     if layout.frame == "each":
         found.frames[str(header.num_frames)] = 1
-    if found.bad.num:
+    if measured:
+        found.num_examples = measured.num_volumes
+    elif not found.bad.num:
+        found.num_examples = header.num_frames // record.clip_frames if layout.frame == "each" else 1
+    if not found.num_examples:
         return
-    found.num_examples = header.num_frames // record.clip_frames if layout.frame == "each" else 1
     each = record_bytes(voxels, itemsize, record)
     found.record_bytes = found.num_examples * each
     on_disk = header.num_bytes * record.num_channels
@@ -198,7 +228,9 @@ def make_report(
     return {
         "manifest": plan.config.manifest,
         "num_images": survey.num_images,
+        "voxels": plan.voxels,
         "num_bad": survey.bad.num,
+        "num_failed": survey.num_failed,
         "problems": [image._asdict() for image in survey.bad.first],
         "records": dict(survey.records.most_common()),
         "frames": dict(survey.frames.most_common()),
@@ -209,7 +241,7 @@ def make_report(
         "largest_bytes": survey.largest_bytes,
         "notes": {
             note: {"message": text, "num_images": of.num, "images": [*map(_reference, of.first)]}
-            for note, text in TEXTS.items()
+            for note, text in {**TEXTS, **VOXEL_TEXTS}.items()
             if (of := survey.notes.get(note))
         },
         **{name: dict(tally(survey.kinds, fact).most_common()) for name, fact in _FACTS.items()},
@@ -233,7 +265,8 @@ def _measured_first(survey: Tally, plan: CheckPlan) -> dict[str, Any]:
 
 
 def _reference(image: NamedImage) -> dict[str, Any]:
-    return {"row": image.row, "example_id": image.example_id}
+    message = {"message": image.message} if image.message else {}
+    return {"row": image.row, "example_id": image.example_id, **message}
 
 
 class Survey(Document):
@@ -244,7 +277,8 @@ class Survey(Document):
     Attributes:
         problems: a sentence for each of the first images that would fail.
         refusal: why the build would write nothing; "" if it would write a dataset.
-        ok: whether the build would be complete, as far as headers show; also the truth value of the survey.
+        ok: whether the build would be complete, as far as headers show, or voxels if they were read; also the
+            truth value of the survey.
     """
 
     def __init__(self, facts: Mapping[str, Any], plan: CheckPlan) -> None:
@@ -252,7 +286,8 @@ class Survey(Document):
         self.problems = tuple(map(_problem_text, facts["problems"]))
         self.refusal = plan.refusal
         self._words: Callable[[str], str] = str
-        self.ok = not plan.refusal and plan.config.allows_failures(facts["num_bad"], facts["num_images"])
+        total = facts["num_failed"] + facts["num_examples"]
+        self.ok = not plan.refusal and plan.config.allows_failures(facts["num_failed"], total)
 
     def reworded(self, words: Callable[[str], str]) -> Survey:
         """The survey with its sentences and its table changed; the items stay those of the JSON."""
@@ -292,7 +327,7 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _listed("would fail", bad, r["num_bad"])
     for noted in r["notes"].values():
         yield "warning", f"{counted(noted['num_images'], 'image')}: {noted['message']}"
-        named = [f"row {image['row']} ({image['example_id']})" for image in noted["images"]]
+        named = [_named(image) for image in noted["images"]]
         yield from _listed("", named, noted["num_images"])
     yield from _listed("duplicates?", [" = ".join(group) for group in r["twins"]])
     across = (" = ".join(f"{name} ({split})" for name, split in g.items()) for g in r["twins_across_splits"])
@@ -311,8 +346,13 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if r["suggested_flags"]:
         yield "suggestion", " ".join(["use", *r["suggested_flags"]])
     if (found := r["not_suggested"]) and found["flags"]:
-        image = f"row {found['row']} ({found['example_id']})"
+        image = _named(found)
         yield "not suggested", f"{' '.join(found['flags'])}, with which {image} {found['reason']}"
+
+
+def _named(image: Mapping[str, Any]) -> str:
+    message = f": {image['message']}" if "message" in image else ""
+    return f"row {image['row']} ({image['example_id']}){message}"
 
 
 def _problem_text(problem: Mapping[str, Any]) -> str:

@@ -115,13 +115,9 @@ def withdraw_people(
 
     `rows` is the Parquet file of a manifest in memory.
     """
-    require_workers(workers)
     if not participants or not all(participants):
         raise UsageError("no participant is named, or one by an empty id; give their ids")
-    content = read_content(output)
-    info = DatasetInfo.from_json(content, storage.join(output, FILE_NAME))
-    Rewrite.require_rewritable(output, info)
-    pseudonyms = pseudonyms_of(output, info, anonymous_ids)
+    content, info, pseudonyms = read_rewritable(output, anonymous_ids, workers)
     written = _as_written(info, pseudonyms)
     names = {written(name): name for name in participants}
     gone = find_withdrawn(names, info.withdrawn, info.withdrawals)
@@ -157,7 +153,23 @@ def withdraw_people(
     return made
 
 
-def pseudonyms_of(output: str, info: DatasetInfo, key: str | None) -> Pseudonyms | None:
+def read_rewritable(
+    output: str, anonymous_ids: str | None, workers: int
+) -> tuple[bytes, DatasetInfo, Pseudonyms | None]:
+    """The dataset to rewrite: its dataset_info.json, as bytes too, and its pseudonyms.
+
+    Raises:
+        UsageError: `workers` or the key is not one that the rewriting can use.
+        DatasetError: there is no complete dataset, or it cannot be rewritten.
+    """
+    require_workers(workers)
+    content = read_content(output)
+    info = DatasetInfo.from_json(content, storage.join(output, FILE_NAME))
+    Rewrite.require_rewritable(output, info)
+    return content, info, _pseudonyms_of(output, info, anonymous_ids)
+
+
+def _pseudonyms_of(output: str, info: DatasetInfo, key: str | None) -> Pseudonyms | None:
     """The pseudonyms of a dataset with anonymous ids, by the file of their key.
 
     Raises:
@@ -221,7 +233,7 @@ def _without(
 
 
 def _read(path: str, rows: bytes | None, info: DatasetInfo, pseudonyms: Pseudonyms | None) -> Manifest:
-    return read_manifest(path, info.columns, info.splitting, pseudonyms, content=rows, is_of_dataset=True)
+    return read_manifest(path, info.columns, info.splitting, pseudonyms, content=rows, options=())
 
 
 def _drop(path: str, rows: bytes | None, is_dropped: pa.BooleanArray) -> bytes:

@@ -76,8 +76,8 @@ class Target:
         published = find_replaceable(self.output, overwrite=self.config.overwrite)
         if published is not None and published.withdrawn:
             raise OutputError(
-                f"{self.output}: holds a dataset from which participants were withdrawn, who are not known "
-                "among records without a manifest; choose another output"
+                f"{self.output}: holds a dataset from which participants were withdrawn, and records without "
+                "a manifest do not show whose they are; choose another output"
             )
         if published is not None and not self.config.overwrite:
             raise OutputError(

@@ -23,6 +23,7 @@ from beam_nifti.read.patches import Box, read_patch
 from beam_nifti.read.records import Element, Records, Rows, select_records
 from beam_nifti.read.split_spec import choose_fold
 from beam_nifti.record.dataset_info import DatasetInfo
+from beam_nifti.record.index import extra_column
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.wording import counted, one_line
 
@@ -403,10 +404,17 @@ class Dataset:
         missing = set(columns or ()) - set(table.column_names)
         if missing:
             raise UsageError(
-                f"{self.path}: the index has no column {min(missing)!r}; `index().column_names` lists those "
-                "that it has"
+                f"{self.path}: the index has no column {min(missing)!r}; {self._index_hint(min(missing))}"
             )
         return table.select(columns or table.column_names).take(np.asarray(self._rows, np.int64))
+
+    def _index_hint(self, name: str) -> str:
+        """Which column of the index a name of records may stand for."""
+        labels = {f"label/{column.name}": extra_column(column.name) for column in self.info.labels}
+        meant = {"id": "example_id"} | labels
+        if name in meant:
+            return f"its name there is {meant[name]!r}"
+        return "`index().column_names` lists those that it has"
 
     @classmethod
     def of_opened(

@@ -103,8 +103,7 @@ class Patches:
         """Draw the corner of a patch: around a labelled voxel if there is one, otherwise anywhere.
 
         First the label is drawn, by its weight, then one of its voxels, then the voxel's place in the patch.
-        Anywhere means that all corners with
-        which the patch is inside the volume are equally likely.
+        Anywhere means that all corners with which the patch is inside the volume are equally likely.
 
         Along an axis on which the volume is smaller than the patch, the volume is centred, as `shape` of a
         build centres what it pads.
@@ -220,9 +219,8 @@ class PatchDataset:
 
     Raises:
         UsageError: `records` or `patches` is something else; seed or epoch is not a whole number of at least
-            0; or `patches.foreground` is above 0, but
-            records have no masks, or the index does not have the positions of labels; or
-            `patches.label_weights` has a label that no mask of the dataset has.
+            0; or `patches.foreground` is above 0, but records have no masks, or the index does not have the
+            positions of labels; or `patches.label_weights` has a label that no mask of the dataset has.
     """
 
     def __init__(self, records: Dataset, patches: Patches, *, seed: int, epoch: int = 0) -> None:

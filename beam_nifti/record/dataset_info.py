@@ -505,7 +505,7 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
     has_digest = info.failures_sha256 is not None
     if has_digest != (info.failures is not None and info.format_version > 1):
         raise ValueError(f"failures is {info.failures!r}, but failures_sha256 is {info.failures_sha256!r}")
-    record.require_own_statistics(columns.mask)
+    record.require_own_statistics()
     if is_complete:
         if record.is_of_cohort and record.rescale_stats is None:
             raise ValueError(f"config.rescale is {record.rescale!r}, but there is no config.rescale_stats")

@@ -1,9 +1,10 @@
-"""What one record looks like: numbers, a small grid and a picture."""
+"""What one record looks like: numbers, a small grid and pictures."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -12,19 +13,22 @@ import pyarrow as pa
 
 from beam_nifti.inspection.record_checks import RecordSpec, affine_of
 from beam_nifti.record.agreement import as_list
-from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
+from beam_nifti.record.example import MASK_FEATURE, Features, decode_example, decode_tensor, scaling_of
 from beam_nifti.record.index import extra_column
-from beam_nifti.reporting.thumbnail import block_means, draw_slices
+from beam_nifti.reporting.thumbnail import block_means, draw_labels, draw_slices
 from beam_nifti.support.cells import is_missing
 from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import Grid, agreed_zooms, axes_to, orientation_of, turn_voxels, turn_zooms
 from beam_nifti.volume.header import COLOURS
+from beam_nifti.volume.label_map import label_counts
 from beam_nifti.volume.rescale import UINT8_LEVELS, Scaling, Voxels, measure
 
 SCHEMA: Final = pa.schema(
     [
         ("example_id", pa.string()),
         ("participant_id", pa.string()),
+        ("row", pa.int64()),
+        ("group", pa.string()),
         ("labels", pa.list_(pa.string())),
         ("shape", pa.string()),
         ("spacing", pa.string()),
@@ -36,15 +40,22 @@ SCHEMA: Final = pa.schema(
         ("std", pa.float64()),
         ("foreground", pa.float64()),
         ("quantiles", pa.list_(pa.float64())),
+        ("digests", pa.list_(pa.binary())),
+        ("mask_labels", pa.list_(pa.int64())),
+        ("mask_counts", pa.list_(pa.int64())),
         ("grid", pa.binary()),
         ("picture", pa.binary()),
+        ("overlay", pa.binary()),
     ]
 )
 """Schema of the rows.
 
 `nonfinite` is the number of voxels that were replaced. The other numbers are of the stored voxels, in the
 unit of `unit_of`. `extents` are the sides of the volume's box, right, anterior and superior; `grid` is the
-volume in the same order of axes, GRID³ bytes from its darkest block to its brightest; `picture` is a WebP.
+volume in the same order of axes, GRID³ bytes from its darkest block to its brightest; `picture` is a WebP,
+and `overlay` that of the mask's labels, if there are any. `group` is the cell of the column by which records
+are grouped. `mask_counts` are the numbers of voxels of `mask_labels`. Records with one of the `digests` in
+common have the same voxels.
 """
 
 _QUANTILES: Final = np.linspace(0, 1, 33)
@@ -65,8 +76,10 @@ def label_columns(spec: RecordSpec) -> dict[str, str]:
     return {"label": "label"} if spec.info.labelled else {}
 
 
-def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> dict[str, Any]:
-    """The row, of SCHEMA, of one sound record.
+def look_at_record(
+    payload: bytes, cells: Mapping[str, Any], spec: RecordSpec, by: str | None = None
+) -> dict[str, Any]:
+    """The row, of SCHEMA, of one sound record; `by` is the column of the index by which records are grouped.
 
     If there are several channels or frames, numbers are over all of them, and grid and picture show the
     first. NaN or infinite voxels are a VolumeError.
@@ -81,9 +94,6 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
     volume = turn_voxels(voxels, turns)
     first = volume if volume.ndim == 3 else volume[..., 0]
     in_colour = cells["dtype"] in COLOURS.values() and spec.config.channels is None and volume.ndim == 4
-    mask = None
-    if MASK_FEATURE in features:
-        mask = turn_voxels(decode_tensor(features[MASK_FEATURE]), turns)  # type: ignore[arg-type]
     sizes = agreed_zooms(affine, cells["zooms"]).tolist()
     zooms = turn_zooms(sizes, turns)
     sample = scaling.apply(_spread(voxels))
@@ -91,6 +101,8 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
     return {
         "example_id": cells["example_id"],
         "participant_id": cells["participant_id"],
+        "row": cells["row"],
+        "group": None if by is None else _text(cells.get(by)),
         "labels": [_text(cells[column]) for column in label_columns(spec).values()],
         "shape": size_text(voxels.shape),
         "spacing": size_text(round(zoom, 3) for zoom in sizes),
@@ -103,8 +115,40 @@ def look_at_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -
         "foreground": float(np.mean(sample > otsu_threshold(sample))),
         "quantiles": np.quantile(sample, _QUANTILES),
         "grid": _to_bytes(block_means(first) * math.copysign(1, scaling.slope)),
-        "picture": draw_slices(volume[..., :3] if in_colour else first, zooms, scaling, mask=mask),
+        "digests": _digests(voxels, volume) if intensity.std else (),
+        "picture": draw_slices(volume[..., :3] if in_colour else first, zooms, scaling),
+        **(_of_mask(features, turns, zooms, spec) if MASK_FEATURE in features else {}),
     }
+
+
+def _of_mask(
+    features: Features, turns: npt.NDArray[Any], zooms: Sequence[float], spec: RecordSpec
+) -> dict[str, Any]:
+    mask = decode_tensor(features[MASK_FEATURE])  # type: ignore[arg-type]
+    counts = label_counts(mask)
+    labels = np.flatnonzero(counts)
+    return {
+        "mask_labels": labels,
+        "mask_counts": counts[labels],
+        "overlay": draw_labels(turn_voxels(mask, turns), zooms, spec.info.mask_labels or ()),
+    }
+
+
+def _digests(voxels: Voxels, volume: Voxels) -> tuple[bytes, ...]:
+    """Digests of the voxels as stored, and of the volume in RAS orientation.
+
+    The first is that of a copy whose header states another orientation, the second that of a copy whose
+    voxels were reordered.
+    """
+    same = volume.strides == voxels.strides and volume.shape == voxels.shape
+    return tuple(_digest(array) for array in ((voxels,) if same else (voxels, volume)))
+
+
+def _digest(array: Voxels) -> bytes:
+    hasher = hashlib.blake2b(f"{array.shape} {array.dtype.name}".encode(), digest_size=16)
+    for plane in array:  # not the volume at once, as planes that are not contiguous are copied
+        hasher.update(np.ascontiguousarray(plane).view(np.uint8).data)
+    return hasher.digest()
 
 
 def _spread(voxels: Voxels) -> Voxels:

@@ -62,28 +62,30 @@ class Ranking:
         found = [
             (m, float(d[number])) for m, d in self.deviations.items() if _suspicion(m, d[number]) > LIMIT
         ]
-        return [_sentence(measure, by) for measure, by in sorted(found, key=lambda f: -abs(f[1]))]
+        return [deviation_text(measure, by) for measure, by in sorted(found, key=lambda f: -abs(f[1]))]
 
 
 def rank(values: Mapping[Measure, Numbers]) -> Ranking:
     """Compare volumes by the median and the MAD of each measure, which outliers hardly change."""
-    deviations = {measure: _deviations(numbers, measure.floor) for measure, numbers in values.items()}
-    suspicions = [_suspicion(measure, numbers) for measure, numbers in deviations.items()]
-    return Ranking(np.max(suspicions, axis=0), deviations)
+    found = {measure: deviations(numbers, measure.floor, numbers) for measure, numbers in values.items()}
+    suspicions = [_suspicion(measure, numbers) for measure, numbers in found.items()]
+    return Ranking(np.max(suspicions, axis=0), found)
 
 
-def _deviations(numbers: Numbers, floor: float) -> Numbers:
+def deviations(numbers: Numbers, floor: float, others: Numbers) -> Numbers:
+    """How far numbers are from the median of others, in MADs of these, but at least in `floor`."""
     if not numbers.size:
         return numbers
-    apart = numbers - np.median(numbers)
-    spread = max(float(np.median(np.abs(apart))), floor)
-    return apart / spread
+    median = np.median(others)
+    spread = max(float(np.median(np.abs(others - median))), floor)
+    return (numbers - median) / spread
 
 
 def _suspicion(measure: Measure, deviation: Numbers) -> Numbers:
     return np.maximum(-deviation, 0) if measure.only_low else np.abs(deviation)
 
 
-def _sentence(measure: Measure, by: float) -> str:
+def deviation_text(measure: Measure, by: float) -> str:
+    """A deviation in MADs as a phrase."""
     much = f"{abs(by):.1f}" if abs(by) < _SHOWN else f"more than {_SHOWN:.0f}"
     return f"{measure.name} {much} MADs {'above' if by > 0 else 'below'} the median"

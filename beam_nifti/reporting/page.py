@@ -16,29 +16,44 @@ from beam_nifti.inspection.record_checks import RecordSpec
 from beam_nifti.pipeline.statistics_file import statistics_rows
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.reporting.appearance import label_columns, unit_of
-from beam_nifti.reporting.figures import INKS, draw_histogram
+from beam_nifti.reporting.copies import MOST_COMPARED
+from beam_nifti.reporting.figures import INKS, draw_histogram, draw_strips
+from beam_nifti.reporting.groups import LIMIT as GROUP_LIMIT
+from beam_nifti.reporting.groups import PERCENTILES as GROUP_PERCENTILES
+from beam_nifti.reporting.groups import compare_groups
 from beam_nifti.reporting.outliers import FEWEST, LIMIT
 from beam_nifti.reporting.summary import Summary
 from beam_nifti.reporting.templates import load_templates
-from beam_nifti.reporting.thumbnail import CELL
+from beam_nifti.reporting.thumbnail import CELL, LABEL_COLOURS
 from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted
 
 _WORST: Final = 12  # outliers at the top of the page
 _MOST_KINDS: Final = 8  # lines of a table of counts; the rest are added up
+_MOST_CLASSES: Final = 40  # the same, of a label
+_MOST_LABELS: Final = 150  # labels of masks in the table; FreeSurfer's segmentations have about a hundred
 _FEW_VALUES: Final = 12  # largest number of values of a label that are counted instead of drawn
 _PERCENTILES: Final = (0, 5, 50, 95, 100)
 
+Lines = list[tuple[str, list[int]]]
+
 
 def make_page(
-    name: str, info: DatasetInfo, spec: RecordSpec, summary: Summary, failures: Sequence[Mapping[str, Any]]
+    name: str,
+    info: DatasetInfo,
+    spec: RecordSpec,
+    summary: Summary,
+    failures: Sequence[Mapping[str, Any]],
+    by: str | None = None,
 ) -> str:
-    """The HTML of a report. The same dataset gives the same text."""
+    """The HTML of a report. The same dataset gives the same text. `by` is the column of the groups."""
     environment = load_templates()
     environment.policies["json.dumps_function"] = dump_json
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters |= {"number": format_number, "count": "{:,}".format, "counted": counted}
-    style, script = (environment.get_template(f"report.{kind}").render() for kind in ("css", "js"))
+    style, script = (
+        environment.get_template(f"report.{kind}").render(colours=LABEL_COLOURS) for kind in ("css", "js")
+    )
     splits = summary.rows["split"].to_numpy(zero_copy_only=False)
     cards = [_card(number, summary) for number in summary.pictures]
     by_number = dict(zip(summary.pictures, cards, strict=True))
@@ -52,6 +67,14 @@ def make_page(
         unit=unit_of(spec),
         summary=summary,
         labels=list(label_columns(spec)),
+        by=by,
+        group_limit=GROUP_LIMIT,
+        groups=_groups(summary) if by is not None else None,
+        legend=_labels_of_masks(info) if any(card["overlay"] for card in cards) else [],
+        num_colours=len(LABEL_COLOURS),
+        balance=list(_balance(spec, summary, splits)),
+        mask_balance=_mask_balance(info, summary, splits) if spec.config.mask_dtype else None,
+        most_compared=MOST_COMPARED,
         cards=cards,
         worst=[by_number[number] for number in summary.outliers[:_WORST].tolist()],
         mean_picture=_base64(summary.mean_picture) if summary.mean_picture else None,
@@ -61,7 +84,8 @@ def make_page(
         figures=list(_figures(spec, summary, splits)) if len(splits) else [],
         statistics=list(_statistics(summary, splits, info.splits)),
         splits=list(dict.fromkeys(splits.tolist())),
-        kinds=list(_kinds(spec, summary, splits)),
+        kinds=list(_kinds(summary, splits)),
+        sizes=Counter(splits.tolist()),
         failures=failures,
         lacking=info.columns.lacking,
         nonfinite=_nonfinite(info, summary),
@@ -114,8 +138,21 @@ def _card(number: int, summary: Summary) -> dict[str, Any]:
         },
         "score": round(float(summary.ranking.scores[number]), 2),
         "reasons": summary.ranking.reasons(number),
-        "picture": _base64(summary.pictures[number]),
+        "picture": _base64(summary.pictures[number][0]),
+        "overlay": _base64(summary.pictures[number][1] or b""),
     }
+
+
+def _labels_of_masks(info: DatasetInfo) -> list[int]:
+    return [label for label in info.mask_labels or () if label]
+
+
+def _groups(summary: Summary) -> dict[str, Any]:
+    """The groups of records, their strips by theme, and how many groups are not shown."""
+    groups, num_more = compare_groups(summary.rows, summary.measures)
+    strips = {group.name: group.percentiles for group in groups}
+    drawn = {theme: _base64(draw_strips(strips, ink)) for theme, ink in INKS.items()} if groups else None
+    return {"groups": groups, "more": num_more, "strips": drawn, "percentiles": GROUP_PERCENTILES}
 
 
 def _figures(
@@ -162,33 +199,50 @@ def _statistics(
                 yield measure.name, name, np.percentile(of_split, _PERCENTILES).tolist()
 
 
-def _kinds(
-    spec: RecordSpec, summary: Summary, splits: npt.NDArray[Any]
-) -> Iterator[tuple[str, list[tuple[str, list[int]]]]]:
+def _kinds(summary: Summary, splits: npt.NDArray[Any]) -> Iterator[tuple[str, Lines]]:
     """Each property with its values, and the number of records of each split that have them."""
     columns = {
-        title: summary.rows[name].to_pylist()
-        for title, name in (
-            ("shape", "shape"),
-            ("voxel size, mm", "spacing"),
-            ("orientation", "orientation"),
-            ("dtype on disk", "dtype"),
-        )
+        "shape": "shape",
+        "voxel size, mm": "spacing",
+        "orientation": "orientation",
+        "dtype on disk": "dtype",
     }
+    for title, name in columns.items():
+        yield title, _counts(summary.rows[name].to_pylist(), splits, _MOST_KINDS)
+
+
+def _balance(spec: RecordSpec, summary: Summary, splits: npt.NDArray[Any]) -> Iterator[tuple[str, Lines]]:
+    """Each label that is no measurement, as `_kinds`."""
     for name, texts in _labels(spec, summary).items():
         if not _is_drawn(name, texts, spec):
-            columns[_label_title(name)] = texts
+            yield _label_title(name), _counts(texts, splits, _MOST_CLASSES)
+
+
+def _counts(cells: Sequence[str | None], splits: npt.NDArray[Any], most: int) -> Lines:
+    """The values, and the number of records of each split that have them; rare values are added up."""
     names = list(dict.fromkeys(splits.tolist()))
-    for title, cells in columns.items():
-        counts = Counter(zip(cells, splits.tolist(), strict=True))
-        most = [value for value, _ in Counter(cells).most_common()]
-        lines = [
-            ("none" if value is None else value, [counts[value, name] for name in names]) for value in most
-        ]
-        if rest := lines[_MOST_KINDS:]:
-            totals = np.sum([numbers for _, numbers in rest], axis=0).tolist()
-            lines = [*lines[:_MOST_KINDS], (counted(len(rest), "other"), totals)]
-        yield title, lines
+    counts = Counter(zip(cells, splits.tolist(), strict=True))
+    values = [value for value, _ in Counter(cells).most_common()]
+    lines = [
+        ("none" if value is None else value, [counts[value, name] for name in names]) for value in values
+    ]
+    if rest := lines[most:]:
+        totals = np.sum([numbers for _, numbers in rest], axis=0).tolist()
+        lines = [*lines[:most], (counted(len(rest), "other"), totals)]
+    return lines
+
+
+def _mask_balance(info: DatasetInfo, summary: Summary, splits: npt.NDArray[Any]) -> dict[str, Any]:
+    """Each label of the masks, except 0: its records and its share of the labelled voxels, by split."""
+    names, labels = dict.fromkeys(splits.tolist()), _labels_of_masks(info)
+    records, voxels = summary.masks.records, summary.masks.voxels
+    sums = {name: sum(voxels[name, label] for label in labels) for name in names}
+    lines = [
+        (label, [(records[name, label], voxels[name, label] / max(sums[name], 1)) for name in names])
+        for label in labels[:_MOST_LABELS]
+    ]
+    background = [voxels[name, 0] / max(sums[name] + voxels[name, 0], 1) for name in names]
+    return {"lines": lines, "more": len(labels) - len(lines), "background": background}
 
 
 def _settings(info: DatasetInfo) -> Iterator[tuple[str, dict[str, str]]]:

@@ -10,6 +10,7 @@ Then this process reads the sheets, one at a time.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import apache_beam as beam
+import pyarrow as pa
 
+from beam_nifti.errors import DatasetError, UsageError
 from beam_nifti.inspection.problems import Problems, Scope
 from beam_nifti.inspection.record_checks import RecordSpec
 from beam_nifti.inspection.shard_pass import ShardPass, StoredRecord
@@ -25,7 +28,9 @@ from beam_nifti.pipeline.local_runner import send_whole_elements
 from beam_nifti.pipeline.outputs import require_apart
 from beam_nifti.pipeline.progress import current_progress
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, read_info
+from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.reporting.appearance import look_at_record
+from beam_nifti.reporting.copies import CopiedImage
 from beam_nifti.reporting.page import make_page
 from beam_nifti.reporting.sheets import write_problems, write_sheets
 from beam_nifti.reporting.summary import read_failures, summarize
@@ -48,8 +53,8 @@ def _cut_shards(output: str) -> Iterable[tuple[int, str, ShardInfo]]:
 class LookAtShard(beam.DoFn):
     """Read a shard once, check its bytes, and write down what its records look like."""
 
-    def __init__(self, output: str, spec: RecordSpec, folder: str) -> None:
-        self._output, self._spec, self._folder = output, spec, folder
+    def __init__(self, output: str, spec: RecordSpec, folder: str, by: str | None) -> None:
+        self._output, self._spec, self._folder, self._by = output, spec, folder, by
         self._progress = current_progress()
 
     def setup(self) -> None:
@@ -76,10 +81,12 @@ class LookAtShard(beam.DoFn):
         payload = record.check(self._spec, wrong.append)
         for problem in wrong:
             problems.add(Scope.RECORD, f"{record.name}: {problem}", number, record.ordinal)
-        return None if wrong or payload is None else look_at_record(payload, record.cells, self._spec)
+        if wrong or payload is None:
+            return None
+        return look_at_record(payload, record.cells, self._spec, self._by)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReportSummary:
     """Summary of a report.
 
@@ -88,6 +95,9 @@ class ReportSummary:
         num_outliers: outliers among them.
         num_failures: volumes that failed in the build.
         num_skipped: rows that were skipped because they lack a label or a mask.
+        copies: pairs of records that have the same image, or nearly the same one, those in different splits
+            first; at most 500 of these, and 500 of those in one split.
+        num_leaks: number of all pairs in different splits.
         problems: one sentence per problem; none for a sound dataset.
         num_bytes: size of the page.
     """
@@ -96,8 +106,15 @@ class ReportSummary:
     num_outliers: int
     num_failures: int
     num_skipped: int
+    copies: tuple[CopiedImage, ...]
+    num_leaks: int
     problems: tuple[str, ...]
     num_bytes: int
+
+    def __repr__(self) -> str:
+        found = {"examples": self.num_examples, "outliers": self.num_outliers, "copies": len(self.copies)}
+        counts = ", ".join(f"{count:,} {name}" for name, count in found.items())
+        return f"<ReportSummary: {counts}, {len(self.problems):,} problems>"
 
     def reworded(self, words: Callable[[str], str]) -> ReportSummary:
         """A copy with every sentence changed by a function."""
@@ -105,7 +122,13 @@ class ReportSummary:
 
 
 def write_report(
-    output: str, info: DatasetInfo, out: str, options: PipelineOptions, *, num_pictures: int
+    output: str,
+    info: DatasetInfo,
+    out: str,
+    options: PipelineOptions,
+    *,
+    num_pictures: int,
+    by: str | None = None,
 ) -> ReportSummary:
     """Write a page about all records of a dataset.
 
@@ -113,34 +136,57 @@ def write_report(
     """
     output, out = storage.absolute(output), storage.absolute(out)
     spec = RecordSpec(info)
+    if by is not None:
+        _require_column(by, output, info)
     require_apart(out, "--out")
     storage.require_writable(out, "--out")
     failures = read_failures(output, info)
     folder = f"{out}.{uuid.uuid4().hex}.tmp"
     try:
-        _look_at_shards(output, spec, folder, options)
+        _look_at_shards(output, spec, folder, options, by)
         summary = summarize(folder, num_pictures)
     finally:
         storage.delete_tree(folder, storage.dirname(out))
-    page = make_page(output.rpartition("/")[2], info, spec, summary, failures).encode()
+    page = make_page(output.rpartition("/")[2], info, spec, summary, failures, by).encode()
     storage.write(out, page)
     return ReportSummary(
         num_examples=summary.rows.num_rows,
         num_outliers=len(summary.outliers),
         num_failures=info.num_failures,
         num_skipped=info.num_skipped,
+        copies=(*summary.copies.across, *summary.copies.within),
+        num_leaks=summary.copies.num_across,
         problems=summary.problems,
         num_bytes=len(page),
     )
 
 
-def _look_at_shards(output: str, spec: RecordSpec, folder: str, options: PipelineOptions) -> None:
+def _require_column(by: str, output: str, info: DatasetInfo) -> None:
+    """Refuse a column by which records cannot be grouped, by the first index that can be read."""
+    for shard in info.shards:
+        try:
+            schema = read_shard_index(output, info, shard).schema
+        except DatasetError:
+            continue  # which the pass over its shard reports
+        names = [field.name for field in schema if not pa.types.is_list(field.type)]
+        if by not in names:
+            close = difflib.get_close_matches(by, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"choose one of: {', '.join(sorted(names))}"
+            raise UsageError(
+                f"--by is {by!r}, which is no column of the index with one value per record; {hint}"
+            )
+        return
+
+
+def _look_at_shards(
+    output: str, spec: RecordSpec, folder: str, options: PipelineOptions, by: str | None
+) -> None:
     pipeline = beam.Pipeline(options=options)
     (
         pipeline
         | "Create" >> beam.Create([output], reshuffle=False)  # str
         | "CutShards" >> beam.FlatMap(_cut_shards)  # (number, split, ShardInfo)
         | "Reshuffle" >> beam.Reshuffle()  # (number, split, ShardInfo)
-        | "LookAtShard" >> beam.ParDo(LookAtShard(output, spec, folder))  # nothing
+        | "LookAtShard" >> beam.ParDo(LookAtShard(output, spec, folder, by))  # nothing
     )
     pipeline.run().wait_until_finish()

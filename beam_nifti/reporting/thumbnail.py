@@ -1,4 +1,4 @@
-"""Small views of a volume in anatomical orientation: a picture of its middle slices, and block means."""
+"""Small views of a volume in anatomical orientation: pictures of its middle slices, and block means."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ CELL: Final = 96  # pixels of the square around each slice
 GRID: Final = 24  # blocks along each axis of the small grid
 _PLANES: Final = ((0, 1), (0, 2), (1, 2))  # axes to the right and up: axial, coronal, sagittal
 _WINDOW: Final = (0.5, 99.5)  # percentiles of the slices that are drawn black and white
-_MASK_COLOUR: Final = (255, 140, 0)
 _WEBP: Final[dict[str, Any]] = {"quality": 80, "method": 4}
+_SHARP: Final[dict[str, Any]] = {"lossless": True, "method": 4}
+LABEL_COLOURS: Final = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+"""Colours of labels, which repeat after the last one. Source: Okabe and Ito 2008, Color Universal Design,
+without black, which is the background of the slices."""
+
+_INSIDE: Final = 96  # of 255, the opacity of a label within its outline
 
 
 def block_means(volume: Voxels, size: int = GRID) -> npt.NDArray[np.float64]:
@@ -42,9 +47,7 @@ def _blocks(length: int, size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[
     return starts, np.maximum(np.diff(starts, append=length), 1)
 
 
-def draw_slices(
-    volume: Voxels, zooms: Sequence[float], scaling: Scaling | None = None, *, mask: Voxels | None = None
-) -> bytes:
+def draw_slices(volume: Voxels, zooms: Sequence[float], scaling: Scaling | None = None) -> bytes:
     """A picture of the three middle slices, side by side: axial, coronal, sagittal, on one scale.
 
     The patient's left is on the left, anterior is up on the axial slice and right on the sagittal one, and
@@ -54,7 +57,6 @@ def draw_slices(
         volume: (X, Y, Z), or (X, Y, Z, 3) for colours, whose axes point right, anterior and superior.
         zooms: voxel size along each axis, above 0.
         scaling: scaling of the voxels; None if they are the values.
-        mask: (X, Y, Z), to draw the outline of what is not 0.
 
     Returns:
         A WebP of 3 · CELL × CELL pixels.
@@ -67,23 +69,53 @@ def draw_slices(
     low, high = np.percentile(shown, _WINDOW)
     if not low < high:  # hardly anything but background, as in a mask of a lesion
         low, high = shown.min(), shown.max()
-    extents = [n * zoom for n, zoom in zip(volume.shape[:3], zooms, strict=True)]
-    strip = Image.new("RGB" if volume.ndim == 4 or mask is not None else "L", (3 * CELL, CELL))
-    for number, (plane, values) in enumerate(zip(_PLANES, slices, strict=True)):
-        size = [max(1, round(CELL * extents[axis] / max(extents))) for axis in plane]
+    strip = Image.new("RGB" if volume.ndim == 4 else "L", (3 * CELL, CELL))
+    for (corner, size), values in zip(_boxes(volume.shape, zooms), slices, strict=True):
         shades = np.clip((values - low) / max(high - low, np.finfo(float).tiny), 0, 1)
         pixels = np.round(255 * shades).astype(np.uint8)
-        picture = Image.fromarray(pixels).resize((size[0], size[1]), Image.Resampling.BILINEAR)
-        if mask is not None:
-            inside = Image.fromarray(_middle(mask, *plane) != 0).resize(
-                picture.size, Image.Resampling.NEAREST
-            )
-            coloured = np.array(picture.convert("RGB"))
-            coloured[_outline(np.array(inside))] = _MASK_COLOUR
-            picture = Image.fromarray(coloured)
-        strip.paste(picture, (number * CELL + (CELL - size[0]) // 2, (CELL - size[1]) // 2))
+        strip.paste(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR), corner)
+    return _encode(strip, _WEBP)
+
+
+def draw_labels(mask: Voxels, zooms: Sequence[float], labels: Sequence[int]) -> bytes | None:
+    """A picture to lay over that of `draw_slices`: each label in its colour, transparent where there is none.
+
+    Args:
+        mask: (X, Y, Z), of unsigned integers, whose axes point right, anterior and superior.
+        zooms: voxel size along each axis, above 0.
+        labels: labels of all masks of the dataset, ascending; 0 is the background.
+
+    Returns:
+        A lossless WebP of 3 · CELL × CELL pixels; None if the slices show no label.
+    """
+    from PIL import Image, ImageColor
+
+    colours = np.array([ImageColor.getrgb(colour) for colour in LABEL_COLOURS], np.uint8)
+    known = np.array([label for label in labels if label])
+    pixels = np.zeros((CELL, 3 * CELL, 4), np.uint8)
+    for ((left, top), size), plane in zip(_boxes(mask.shape, zooms), _PLANES, strict=True):
+        shown = Image.fromarray(_middle(mask, *plane).astype(np.int32)).resize(size, Image.Resampling.NEAREST)
+        found = np.asarray(shown)
+        part = pixels[top : top + size[1], left : left + size[0]]
+        part[..., :3] = colours[np.searchsorted(known, found) % len(colours)] if known.size else 0
+        part[..., 3] = np.where(_outline(found), 255, _INSIDE)
+        part[found == 0] = 0
+    return _encode(Image.fromarray(pixels), _SHARP) if pixels.any() else None
+
+
+def _boxes(shape: Sequence[int], zooms: Sequence[float]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """The upper left corner and the size of each slice on the strip, in pixels."""
+    extents = [n * zoom for n, zoom in zip(shape[:3], zooms, strict=True)]
+    boxes = []
+    for number, (across, up) in enumerate(_PLANES):
+        width, height = (max(1, round(CELL * extents[axis] / max(extents))) for axis in (across, up))
+        boxes.append(((number * CELL + (CELL - width) // 2, (CELL - height) // 2), (width, height)))
+    return boxes
+
+
+def _encode(image: Any, how: dict[str, Any]) -> bytes:
     file = io.BytesIO()
-    strip.save(file, "WEBP", **_WEBP)
+    image.save(file, "WEBP", **how)
     return file.getvalue()
 
 
@@ -94,8 +126,9 @@ def _middle(volume: Voxels, across: int, up: int) -> Voxels:
     return np.swapaxes(middle, 0, 1)[::-1]
 
 
-def _outline(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The pixels inside that have a neighbour outside."""
-    padded = np.pad(inside, 1)
-    within = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return inside & ~within
+def _outline(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """The pixels that have a neighbour with another label, or are at the edge."""
+    padded = np.pad(labels, 1, constant_values=-1)
+    neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    edge: npt.NDArray[np.bool_] = np.any([labels != other for other in neighbours], axis=0)
+    return edge

@@ -371,11 +371,8 @@ class CohortMeasure:
         config: RecordConfig,
         splits: Sequence[str],
         num_failed: int = 0,
-        mask_column: str | None = None,
     ) -> CohortStatistics:
         """The statistics of at least one volume, which has been measured by a configuration.
-
-        `mask_column` is the column of the masks.
 
         Raises:
             VolumeError: no voxel of a channel was selected.
@@ -390,7 +387,7 @@ class CohortMeasure:
         wanted = config.rescale_numbers if config.method == "cohort:percentile" else ()
         percentiles = sorted({*PERCENTILES, *wanted})
         return CohortStatistics(
-            options=config.measured_options(mask_column),
+            options=config.measured_options,
             splits=tuple(sorted(splits)),
             num_volumes=self.num_volumes,
             num_empty=self.num_empty,

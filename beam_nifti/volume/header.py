@@ -187,10 +187,10 @@ def _require_part(name: str, header: VolumeHeader, record: RecordConfig) -> None
 def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int | str | None:
     frames, count = record.frames, header.num_frames
     if frames is None:
-        choices = _frame_choices(header, record)
-        if len(header.shape) > 3 and not (header.is_vector and count == 1) and choices:
+        if requires_frames(header, record):
             raise VolumeError(
-                f"{name}: expected a 3-D image, got shape {header.shape}; choose frames with {choices}"
+                f"{name}: expected a 3-D image, got shape {header.shape}; choose frames with "
+                f"{_frame_choices(header, record)}"
             )
         return None
     if frames == "all" or (count == 1 and frames in ("first", "mean")):
@@ -212,6 +212,13 @@ def _choose_frame(name: str, header: VolumeHeader, record: RecordConfig) -> int 
             "leave the image out"
         )
     return number
+
+
+def requires_frames(header: VolumeHeader, record: RecordConfig) -> bool:
+    """Whether an image is refused because its frames are several and the configuration chooses none."""
+    is_vector = header.is_vector and header.num_frames == 1
+    is_open = record.frames is None and len(header.shape) > 3 and not is_vector
+    return is_open and bool(_frame_choices(header, record))
 
 
 def _frame_choices(header: VolumeHeader, record: RecordConfig) -> str:

@@ -28,7 +28,7 @@ _GOLDEN: Final = 40503  # 2^16 by the golden ratio: its multiples are spread eve
 
 def labels_of(mask: Voxels) -> list[int]:
     """The labels that occur in a mask, ascending."""
-    found: list[int] = np.flatnonzero(_count(mask)).tolist()
+    found: list[int] = np.flatnonzero(label_counts(mask)).tolist()
     return found
 
 
@@ -42,7 +42,7 @@ def positions_of(mask: Voxels) -> list[int]:
 
     Source: docs/format.md, "Positions".
     """
-    totals = _count(mask)
+    totals = label_counts(mask)
     labels = np.flatnonzero(totals)
     labels = labels[labels > 0]
     count = max(1, min(_POSITIONS, _MOST_POSITIONS // max(1, labels.size)))
@@ -65,7 +65,7 @@ def positions_of(mask: Voxels) -> list[int]:
     return positions
 
 
-def _count(mask: Voxels) -> npt.NDArray[np.int64]:
+def label_counts(mask: Voxels) -> npt.NDArray[np.int64]:
     """How many voxels have each label that the dtype allows."""
     totals = np.zeros(np.iinfo(mask.dtype).max + 1, np.int64)
     for _, counts in _chunks(mask):

@@ -34,11 +34,12 @@ TEXTS: Final = {
         "brings them"
     ),
     "beyond-field-of-view": (
-        "an image ends within the grid of --reference; beyond it, images have their least value and masks 0"
+        "an image does not cover the whole grid of --reference; where it is missing, images have their least "
+        "value and masks 0"
     ),
     "beyond-other-image": (
-        "an image or mask ends within the first image of its example; beyond it, --align gives images their "
-        "least value and masks 0"
+        "an image or mask does not cover the whole first image of its example; where it is missing, --align "
+        "gives images their least value and masks 0"
     ),
 }
 """A sentence for each note."""
@@ -53,7 +54,7 @@ OF_VOXELS: Final = frozenset(
         "beyond-field-of-view",
     }
 )
-"""Notes that headers do not determine, so `check` does not name their images."""
+"""Notes that headers do not determine, so `check` names their images only with `--voxels`."""
 
 
 def counter_name(note: str) -> str:
@@ -70,5 +71,5 @@ def warnings_of(counters: Mapping[str, int]) -> Iterator[str]:
     """A warning for each note that is among the counters of a build."""
     for note, text in TEXTS.items():
         if count := counters.get(counter_name(note), 0):
-            remedy = "" if note in OF_VOXELS else "; beam-nifti check lists these images"
-            yield f"warning: {counted(count, 'example')}: {text}{remedy}"
+            command = f"check{' --voxels' if note in OF_VOXELS else ''}"
+            yield f"warning: {counted(count, 'example')}: {text}; beam-nifti {command} lists these images"

@@ -187,10 +187,12 @@ def require_volume(volume: Volume, step: str) -> Volume:
 def _wrong_with(made: object, dtypes: Collection[str] = ()) -> str | None:
     """What is wrong with a volume, whose voxels may also be of some further dtypes."""
     if not isinstance(made, Volume):
-        return f"returned a {type(made).__name__}; return dataclasses.replace(volume, voxels=…)"
+        return (
+            f"returned an object of type {type(made).__name__}; return dataclasses.replace(volume, voxels=…)"
+        )
     voxels: object = made.voxels
     if not isinstance(voxels, np.ndarray):
-        return f"returned voxels that are a {type(voxels).__name__}; return a numpy array"
+        return f"returned voxels of type {type(voxels).__name__}; return a numpy array"
     if isinstance(voxels, np.ma.MaskedArray):
         return "returned masked voxels; fill them, such as with voxels.filled(0)"
     if voxels.dtype.kind not in "iu" and voxels.dtype.name not in ("float32", "float64", *dtypes):
@@ -203,10 +205,10 @@ def _wrong_with(made: object, dtypes: Collection[str] = ()) -> str | None:
         )
     scaling: object = made.scaling
     if not isinstance(scaling, Scaling):
-        return f"returned a scaling that is a {type(scaling).__name__}; return the Scaling that it got"
+        return f"returned a scaling of type {type(scaling).__name__}; return the Scaling that it got"
     affine: object = made.affine
     if not isinstance(affine, np.ndarray):
-        return f"returned an affine that is a {type(affine).__name__}; return a finite (4, 4) array"
+        return f"returned an affine of type {type(affine).__name__}; return a finite (4, 4) array"
     is_affine = affine.shape == (4, 4) and affine.dtype.kind in "iuf" and affine[3].tolist() == [0, 0, 0, 1]
     if not is_affine or not is_usable(affine.astype(np.float64)):
         return (

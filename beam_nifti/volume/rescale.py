@@ -90,7 +90,8 @@ FINITE_REMEDY: Final = "replace them with --nonfinite, or repair the image"
 def measure(voxels: Voxels, scaling: Scaling, remedy: str = FINITE_REMEDY) -> Intensity:
     """A volume's range, mean and standard deviation.
 
-    The range is exact; the mean is within 1e-12 of it, and the standard deviation within 1e-7 of it.
+    The range is exact. The error of the mean is at most 1e-12 of the mean or of the range's width, whichever
+    is larger, and that of the standard deviation at most 1e-7 of the width.
 
     Args:
         voxels: any shape, real dtype, C order. Not modified.

@@ -121,7 +121,7 @@ def _find(name: str) -> tuple[Function, str]:
         hint = f"did you mean {close[0]}?" if close else "correct the name of the function"
         raise UsageError(f"--preprocess {name}: {module} has no function {attribute!r}; {hint}")
     if not callable(function):
-        raise UsageError(f"--preprocess {name}: is not a function but a {type(function).__name__}")
+        raise UsageError(f"--preprocess {name}: is of type {type(function).__name__}; give a function")
     inner = inspect.unwrap(function)
     # Where a package only passes a function on, its file is that of the module that it comes from.
     defined_in = inner.__module__ if inspect.isfunction(inner) else module

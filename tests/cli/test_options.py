@@ -15,7 +15,7 @@ import pytest
 
 from beam_nifti.cli import main as cli
 from beam_nifti.cli import parser as options
-from beam_nifti.cli.build_options import WITHOUT_EFFECT
+from beam_nifti.cli.build_options import FOR_VOXELS, WITHOUT_EFFECT
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import BeamNiftiError, UsageError
 from beam_nifti.pipeline.build import plan_check
@@ -89,6 +89,7 @@ CHECK: dict[str, Row] = {
     "--rescale-stats": "pipeline/test_analyze.py::test_check_tells_what_would_be_measured",
     "--json": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
     "--out": "pipeline/test_check.py::test_the_table_and_the_file_say_the_same",
+    "--voxels": "pipeline/test_check_voxels.py::test_what_voxels_show_is_reported",
     "--max-bad-fraction": "pipeline/test_check_and_build.py::test_check_and_build_of_the_command_line_agree",
     "--workers": "pipeline/test_runners.py::test_workers_of_this_machine",
     "--nonfinite": "volume/test_nonfinite.py::test_check_crops_to_finite_voxels",
@@ -104,6 +105,10 @@ JOIN: dict[str, Row] = {
     "--unmatched": f"{JOINING}test_rows_without_a_partner_are_named",
 }
 OTHERS: dict[str, dict[str, Row]] = {
+    "init": {
+        "--out": "cli/test_init.py::test_a_study_of_several_modalities_with_masks_on_another_grid",
+        "--overwrite": "cli/test_init.py::test_nothing_is_replaced_and_nothing_written_for_nothing",
+    },
     "manifest bids": {
         **JOIN,
         "--suffix": ["T2w"],
@@ -195,6 +200,7 @@ OTHERS: dict[str, dict[str, Row]] = {
     "report": {
         "--out": "reporting/test_report.py::test_the_command",
         "--pictures": "reporting/test_report.py::test_pictures_are_a_sample_and_the_outliers",
+        "--by": "reporting/test_report.py::test_groups_that_differ_are_noted",
         "--workers": "pipeline/test_runners.py::test_workers_of_this_machine",
         "--quiet": "reporting/test_report.py::test_the_command",
     },
@@ -227,9 +233,10 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def unused_by_check() -> dict[str, argparse.Action]:
-    """The flags that `check` documents as without effect."""
-    (group,) = (g for g in parser_of("check")._action_groups if g.title == WITHOUT_EFFECT)
-    return {action.option_strings[0]: action for action in group._group_actions}
+    """The flags that `check` documents as without effect on what headers show."""
+    groups = [g for g in parser_of("check")._action_groups if g.title in (FOR_VOXELS, WITHOUT_EFFECT)]
+    assert len(groups) == 2
+    return {action.option_strings[0]: action for group in groups for action in group._group_actions}
 
 
 @pytest.mark.parametrize("command", [name for name, _ in options.commands()])

@@ -152,6 +152,14 @@ def test_a_dataset_of_version_1_prepares_what_it_holds(tmp_path: Path) -> None:
     assert np.array_equal(without.image, element["image"])
 
 
+def test_a_4d_image_is_refused_without_naming_options_of_a_build(images: Path, tmp_path: Path) -> None:
+    bn.build([{"path": str(images / "one.nii.gz")}], tmp_path / "out", progress=False)
+    with pytest.raises(bn.VolumeError) as caught:
+        bn.Preparation.of(tmp_path / "out").apply(images / "frames.nii.gz")
+    assert "was built without frames, got shape" in str(caught.value)
+    assert str(caught.value).endswith("extract the frame to prepare")
+
+
 def test_images_on_other_grids_are_brought_together(images: Path, tmp_path: Path) -> None:
     rows = [{"one": str(images / "one.nii.gz"), "two": str(images / "other-grid.nii")}]
     reference = str(images / "other-grid.nii")

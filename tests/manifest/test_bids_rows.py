@@ -155,7 +155,10 @@ def test_masks_of_runs_are_those_of_their_images(study: Path, capsys: Capture) -
         (["--suffix=T1w", "--mask-suffix=T1w"], "--suffix is 'T1w', and --mask-suffix T1w; name each"),
         (["--suffix=T1w,FLAIR", "--all-images"], "--all-images requires a single --suffix"),
         (["--suffix=T1w", "--derivatives=fmriprep"], "--derivatives requires --mask-suffix"),
-        (["--suffix=T1w", "--entity=FLAIR:run=1"], "--entity FLAIR:run=1: 'FLAIR' is no suffix of --suffix"),
+        (
+            ["--suffix=T1w", "--entity=FLAIR:run=1"],
+            "--entity FLAIR:run=1: 'FLAIR' is not given with --suffix",
+        ),
         (
             ["--suffix=T1w", "--mask-suffix=mask"],
             "no mask images for --mask-suffix; there are: FLAIR (4), T1w",

@@ -89,7 +89,7 @@ def test_one_participant_is_drawn_once(tmp_path: Path, spelling: str, pseudonyms
         assert ids[0].participant_id == ids[1].participant_id
         return
     problem = problems_of(tmp_path, "session_id|participant_id", *rows, **given)[0]
-    assert problem.startswith("row 3: its name")
+    assert problem.startswith("row 3: its participant_id")
     assert "of row 1 only in letter case" in problem
     assert ("süb-7" in problem) == (pseudonyms is None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -331,12 +332,36 @@ def test_what_is_no_manifest(tmp_path: Path, text: str, columns: dict[str, str],
     assert problems_of(tmp_path, text, **columns) == (problem,)
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("file,split,label,participant_id\na,train,1,p\n", "add it, because the dataset was built with it"),
+        (
+            "path,split,label,participant_id\na,train,1,p\n",
+            "rename it, because the splits of the dataset were drawn",
+        ),
+        ("path,label,participant_id\na,1,p\nb,1,p\n", "correct one of them, or drop the row"),
+        ("path,label,participant_id\na,1,\n", "every image needs one"),
+        (
+            "path,label,participant_id\na,,p\n",
+            "with --missing-label nan, or skip them with --missing-label skip",
+        ),
+        ("path,label,participant_id\na,1,p\n", "keep its participants, or build another dataset"),
+    ],
+)
+def test_remedies_are_options_of_the_command(tmp_path: Path, text: str, remedy: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    splitting = Splitting({"train": 0.5, "test": 0.5})
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(str(tmp_path / "m.csv"), splitting=splitting, options=("--missing-label",))
+    assert any(problem.endswith(remedy) for problem in caught.value.problems)
+    assert not re.search("--(?!missing-label)", str(caught.value))
+
+
 def test_of_a_manifest_that_is_not_a_datasets_no_option_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("file,split\na,train\n")
     with pytest.raises(ManifestError) as caught:
-        read_manifest(
-            str(tmp_path / "m.csv"), Columns(label="age"), Splitting({"train": 1.0}), is_of_dataset=True
-        )
+        read_manifest(str(tmp_path / "m.csv"), Columns(label="age"), Splitting({"train": 1.0}), options=())
     assert len(caught.value.problems) == 3
     for problem in caught.value.problems:
         assert "--" not in problem

@@ -224,7 +224,7 @@ REFUSED: list[tuple[str, Any, str]] = [
         "cohort:percentile:9",
         "'cohort:percentile:9'; write it as cohort:percentile:LO,HI, with fin",
     ),
-    ("rescale", ("cohort:percentile", 1, 101), "percentiles are between 0 and 100"),
+    ("rescale", ("cohort:percentile", 1, 101), "percentiles must be between 0 and 100"),
     ("rescale_split", 3, "--rescale-split is 3; give the name of a split, or a list of them"),
     ("rescale_split", "train", "--rescale-split has no effect on --rescale minmax, which does not depend on"),
     ("rescale_stats", {"channels": []}, "--rescale-stats is {'channels': []}; give a path"),

@@ -19,6 +19,7 @@ from beam_nifti.pipeline.failures import (
     accepting_fraction,
     format_groups,
     group_failures,
+    own_key,
     write_failures,
 )
 from tests.images import write_manifest
@@ -69,7 +70,7 @@ def test_a_failure_of_a_retry_tells_the_last_reason(tmp_path: Path) -> None:
     assert lines[0]["message"] == 's3://b/c.nii: "broken"\n'
 
 
-NAMES = ["row", "stage", "frames", "note", "session_id"]
+NAMES = ["row", "stage", "frames", "note", "session_id", "failure_stage"]
 NAMES += [f"manifest_{name}" for name in NAMES] + ["manifest_manifest_row"]
 
 
@@ -77,21 +78,31 @@ NAMES += [f"manifest_{name}" for name in NAMES] + ["manifest_manifest_row"]
     names=st.lists(st.sampled_from(NAMES), unique=True),
     roles=st.permutations(NAMES),
     num_labels=st.integers(0, 3),
+    image=st.sampled_from(["path", "row", "stage", "frames", "message", "failure_stage"]),
 )
 def test_no_cell_is_lost_however_often_failures_are_retried(
-    tmp_path_factory: pytest.TempPathFactory, names: list[str], roles: list[str], num_labels: int
+    tmp_path_factory: pytest.TempPathFactory,
+    names: list[str],
+    roles: list[str],
+    num_labels: int,
+    image: str,
 ) -> None:
     folder = tmp_path_factory.mktemp("retries")
+    names = [name for name in names if name != image]
     labels = [name for name in roles if name in names][:num_labels]
-    columns = Columns(label=",".join(f"{name}:string" for name in labels) or None)
+    columns = Columns(image, label=",".join(f"{name}:string" for name in labels) or None)
     own = {name: f"{name} of two" for name in names}
-    rows = [{"path": f"{i}.nii"} | {name: f"{cell} {i}" for name, cell in own.items()} for i in range(3)]
+    rows = [{image: f"{i}.nii"} | {name: f"{cell} {i}" for name, cell in own.items()} for i in range(3)]
     manifest = read_manifest(str(write_manifest(folder / "0.tsv", rows)), columns)
     for number in range(1, 4):
         failed = [f for f in failures_of(manifest) if f.row.path.endswith("2.nii")]
         (line,) = write(folder / f"{number}.jsonl", manifest, failed)
         assert {f"{cell} 2" for cell in own.values()} <= set(line.values())
         assert {name: line[name] for name in labels} == {name: f"{own[name]} 2" for name in labels}
+        assert line[image] == f"{folder}/2.nii"
+        found = {key: line[own_key(key, columns)] for key in ("row", "stage", "error")}
+        (failure,) = failed
+        assert found == {"row": failure.row.row, "stage": failure.stage, "error": failure.error}
         manifest = read_manifest(str(folder / f"{number}.jsonl"), columns)
 
 

@@ -160,7 +160,7 @@ def test_refusals(change: Any, said: str, study: Path, dataset: Path) -> None:
 
 def test_rows_are_neither_lost_nor_invented(study: Path, dataset: Path, tmp_path: Path) -> None:
     manifest = changed(study, lambda i, row: row | {"site": ""} if i == 4 else row)
-    with pytest.raises(UsageError, match=r"lacks 1 example of .* \(p2_a\), or skips them"):
+    with pytest.raises(UsageError, match=r"lacks 1 example of .* \(p2_a\), as rows are absent"):
         bn.relabel(dataset, manifest, missing_label="skip", progress=False)
     assert bn.relabel(dataset, manifest, missing_label="nan", progress=False).num_examples == 12
     rows = read_table(str(study)).to_pylist()

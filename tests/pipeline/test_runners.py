@@ -247,6 +247,16 @@ def test_flags_that_the_runner_uses_are_passed_on(flags: list[str]) -> None:
             assert flag.partition("=")[2] in str(known[name])
 
 
+def test_a_missing_prism_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--prism_location is /missing: no such file; give the path or URL"):
+        choose("--runner=PrismRunner", "--prism_location=/missing")
+    binary = tmp_path / "prism"
+    binary.touch()
+    for location in (str(binary), "https://example.org/prism.zip"):
+        engine = choose("--runner=PrismRunner", f"--prism_location={location}")
+        assert engine.options.get_all_options()["prism_location"] == location
+
+
 # How wide the work is cut
 
 

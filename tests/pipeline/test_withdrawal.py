@@ -242,6 +242,7 @@ def test_verify_finds_who_is_still_there(study: Path, dataset: Path) -> None:
     bn.withdraw(dataset, "p0", manifest=study, progress=False)
     problems = bn.verify(dataset, manifest=study).problems
     assert any("row 1 (p0): was withdrawn from the dataset in OUTPUT; drop the row" in p for p in problems)
+    assert not any("run the build again" in p for p in problems)
     (dataset / old.name).write_bytes(data)
     assert any(f"{old.name}: holds records of withdrawn" in text for text in bn.verify(dataset).problems)
     (dataset / old.name).unlink()
@@ -431,7 +432,7 @@ def test_records_without_a_manifest_do_not_replace_a_dataset_with_withdrawals(
 ) -> None:
     bn.withdraw(dataset, "p0", manifest=study, progress=False)
     with pytest.raises(
-        OutputError, match="holds a dataset from which participants were withdrawn, who are n"
+        OutputError, match="holds a dataset from which participants were withdrawn, and records"
     ):
         write_arrays(dataset, ["p0"], overwrite=True)
 

@@ -114,6 +114,18 @@ def test_what_cannot_be_drawn_is_refused(dataset: Path) -> None:
         records[:0].draw(balance="sex", seed=1)
 
 
+def test_names_of_records_are_answered_with_those_of_the_index(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.nii")
+    manifest = write_manifest(tmp_path / "m.tsv", [{"path": "a.nii", "sex": "F", "row": "x"}])
+    bn.build(manifest, tmp_path / "out", label_column="sex:class,row:class", progress=False)
+    records = bn.Dataset(tmp_path / "out")
+    for name, meant in (("id", "example_id"), ("label/sex", "sex"), ("label/row", "manifest_row")):
+        with pytest.raises(UsageError, match=f"no column '{name}'; its name there is '{meant}'"):
+            records.index([name])
+        assert records.index([meant]).num_rows == 1
+    assert records.draw(balance="sex", seed=1).ids == ["a.nii"]
+
+
 @pytest.mark.tf
 def test_tensorflow_draws_the_same_and_continues(dataset: Path) -> None:
     from beam_nifti.reader import load_dataset, state_after

@@ -83,8 +83,8 @@ def test_folds_are_shares_of_equal_size() -> None:
     assert shares("kfold:5") == shares({f"fold{n}": 0.2 for n in range(5)})
     assert shares("test=0.2, kfold:2") == {"fold0": 0.4, "fold1": 0.4, "test": 0.2}
     for split, message in (
-        ("kfold:1", "kfold:1; the number of folds is from 2 to 100"),
-        ("kfold:101", "the number of folds is from 2 to 100"),
+        ("kfold:1", "kfold:1; the number of folds must be from 2 to 100"),
+        ("kfold:101", "the number of folds must be from 2 to 100"),
         ("kfold:x", "give each split once, with its share"),
         ("kfold:2,kfold:2", "give each split once, with its share"),
         ("kfold:2=0.5", "--split names 'kfold:2'; use up to 128 letters"),

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -68,6 +69,32 @@ def write_heads(folder: Path, count: int = 24) -> Path:
         cells = {"participant_id": name, "path": path.name, "age": 20 + number, "sex": "FM"[number % 2]}
         rows.append(cells | {"split": "test" if number % 4 == 0 else "train"})
     rows.append({**rows[0], "participant_id": "<b>lost</b>", "path": "lost.nii"})
+    return write_manifest(folder / "manifest.tsv", rows)
+
+
+def write_study(folder: Path) -> Path:
+    """Heads with masks of two labels, of a site with bright images, and with copies in both splits."""
+    rows = []
+    for number in range(14):
+        voxels = np.roll(head(number), number % 5, 1).astype(np.int16)
+        site = "bright" if number % 2 else "dark"
+        write_image(folder / f"{number}.nii", voxels + 5000 * (site == "bright"))
+        mask = (voxels > 300).astype(np.uint8) + (voxels > 500) * (number < 7)
+        write_image(folder / f"{number}-mask.nii", mask.astype(np.uint8))
+        files = {"path": f"{number}.nii", "mask": f"{number}-mask.nii"}
+        rows.append({"participant_id": f"p{number:02}", **files, "site": site, "sex": "FFM"[number % 3]})
+        rows[-1]["split"] = "test" if number >= 10 else "train"
+    # The same voxels with another header, and reordered with the same positions in space.
+    for like, name in ((3, "header"), (5, "turned")):
+        for end in ("", "-mask"):
+            image = nib.load(folder / f"{like}{end}.nii")
+            if name == "header":
+                image = nib.Nifti1Image(np.asarray(image.dataobj), np.diag([-3, 1, 1, 1]))
+            else:
+                image = image.as_reoriented(np.array([[0, -1], [1, -1], [2, 1]]))
+            nib.save(image, folder / f"{name}{end}.nii")
+        cells = {"participant_id": name, "path": f"{name}.nii", "mask": f"{name}-mask.nii"}
+        rows.append({**rows[like], **cells, "split": "test" if name == "header" else "train"})
     return write_manifest(folder / "manifest.tsv", rows)
 
 
@@ -303,20 +330,109 @@ def test_frames_vectors_and_colours(voxels: Any, record: RecordConfig, colour: b
     assert all((np.ptp(picture, axis=2).max() > 2) == colour for picture in pictures)
 
 
-def test_channels_and_masks(tmp_path: Path) -> None:
+def test_channels(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_image(tmp_path / f"{name}.nii", head(2))
+    rows = [{"participant_id": "s", "T1w": "a.nii", "T2w": "b.nii"}]
+    manifest = write_manifest(tmp_path / "manifest.tsv", rows)
+    output = build_dataset(manifest, tmp_path / "dataset", columns=Columns("T1w,T2w", None))
+    assert report(output, tmp_path / "report.html").num_examples == 1
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of the study."""
+    folder = tmp_path_factory.mktemp("study")
+    columns, record = Columns("path", "sex:class", mask="mask"), RecordConfig(rescale="none")
+    return build_dataset(write_study(folder / "images"), folder / "dataset", record, columns=columns)
+
+
+@pytest.fixture(scope="module")
+def by_site(study: Path) -> tuple[ReportSummary, Page]:
+    out = study.parent / "report.html"
+    summary = write_report(str(study), info_of(study), str(out), make_options(1), num_pictures=100, by="site")
+    return summary, Page(out)
+
+
+def test_masks_are_pictures_of_their_own(by_site: tuple[ReportSummary, Page]) -> None:
     from PIL import Image
 
-    for name in ("a", "b", "mask"):
-        write_image(tmp_path / f"{name}.nii", (head(1) > 100).astype(np.uint8) if name == "mask" else head(2))
-    rows = [{"participant_id": "s", "T1w": "a.nii", "T2w": "b.nii", "mask": "mask.nii"}]
-    columns = Columns("T1w,T2w", None, mask="mask")
-    output = build_dataset(
-        write_manifest(tmp_path / "manifest.tsv", rows), tmp_path / "dataset", columns=columns
+    _, page = by_site
+    for volume in page.volumes:
+        slices, labels = (
+            Image.open(io.BytesIO(base64.b64decode(volume[name]))) for name in ("picture", "overlay")
+        )
+        assert (slices.mode, slices.size) == ("RGB", labels.size)
+        assert np.ptp(np.asarray(slices.convert("RGB"), np.int16), axis=2).max() <= 2
+        assert np.asarray(labels)[..., 3].any()
+        assert len(volume["overlay"]) < 4000
+    (box,) = [attributes for _, attributes in page.elements if attributes.get("id") == "masks"]
+    assert box["type"] == "checkbox"
+    assert "checked" in box
+    assert [
+        attributes["class"] for _, attributes in page.elements if "swatch" in (attributes.get("class") or "")
+    ] == [
+        "swatch swatch-0",
+        "swatch swatch-1",
+    ]
+
+
+def test_copies_are_found_by_voxels_whatever_the_header(by_site: tuple[ReportSummary, Page]) -> None:
+    summary, page = by_site
+    exact = {frozenset(copy.ids): copy for copy in summary.copies if copy.is_exact}
+    assert {ids: copy.is_leak for ids, copy in exact.items()} == {
+        frozenset(["p03", "header"]): True,
+        frozenset(["p05", "turned"]): False,
+    }
+    assert summary.num_leaks == sum(copy.is_leak for copy in summary.copies)
+    assert "of different splits" in page.texts["p"]
+    rows = page.texts["th"] + page.texts["td"]
+    assert all(rows.count(name) for name in ("p03", "header", "p05", "turned"))
+
+
+def test_balance_of_labels_and_masks(study: Path, by_site: tuple[ReportSummary, Page]) -> None:
+    _, page = by_site
+    tests = {"p10", "p11", "p12", "p13", "header"}
+    sexes, having, voxels = Counter[Any](), Counter[Any](), Counter[Any]()
+    for cells, payload in records_of(study):
+        split = "test" if cells["example_id"] in tests else "train"
+        sexes[split, cells["sex"]] += 1
+        mask = decode_tensor(decode_example(payload)["mask_raw"])  # type: ignore[arg-type]
+        for label in (1, 2):
+            voxels[split, label] += int(np.count_nonzero(mask == label))
+            having[split, label] += label in mask
+    sizes = {"test": 5, "train": 11}
+    for (split, _), count in sexes.items():
+        assert f"{count} ({100 * count / sizes[split]:.1f} %)" in page.texts["td"]
+    for (split, label), count in having.items():
+        share = voxels[split, label] / (voxels[split, 1] + voxels[split, 2])
+        of_records = f"{count} ({100 * count / sizes[split]:.1f} %)"
+        assert f"{of_records}, {format_number(100 * share)} % of voxels" in page.texts["td"]
+    assert 0 < having["train", 2] < 11
+
+
+def test_groups_that_differ_are_noted(by_site: tuple[ReportSummary, Page]) -> None:
+    _, page = by_site
+    assert "By site" in page.texts["h2"]
+    assert re.search(r"mean .* MADs above the median of the others", page.texts["td"])
+    assert "bright" in page.texts["th"]
+
+
+def test_a_column_that_no_index_has_is_refused(study: Path, run: Callable[..., str]) -> None:
+    said = run("report", study, "--by", "sites", "--out", study.parent / "no.html", code=2)
+    assert (
+        "--by is 'sites', which is no column of the index with one value per record; did you mean 'site'?"
+        in said
     )
-    report(output, tmp_path / "report.html")
-    (volume,) = Page(tmp_path / "report.html").volumes
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(volume["picture"]))).convert("RGB"), np.int16)
-    assert (picture[..., 0] - picture[..., 2]).max() > 60, "no outline of the mask"
+    assert "choose one of:" in run(
+        "report", study, "--by", "affine", "--out", study.parent / "no.html", code=2
+    )
+    assert not (study.parent / "no.html").exists()
+
+
+def test_leaks_are_warnings(study: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["report", str(study), "--out", str(tmp_path / "r.html"), "--by", "site", "--quiet"]) == 0
+    assert "header (test) and p03 (train) have the same voxels\n" in capsys.readouterr().err
 
 
 def test_a_damaged_record_is_said_and_the_others_shown(cohort: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from beam_nifti.reporting.appearance import otsu_threshold
-from beam_nifti.reporting.thumbnail import CELL, block_means, draw_slices
+from beam_nifti.reporting.thumbnail import CELL, LABEL_COLOURS, block_means, draw_labels, draw_slices
 from beam_nifti.volume.grid import Grid, axes_to, turn_voxels, turn_zooms
 from beam_nifti.volume.rescale import Scaling, numpy_dtype
 
@@ -109,19 +109,42 @@ def test_pictures_have_the_aspect_of_the_volume() -> None:
     np.testing.assert_allclose(sizes, expected, atol=3)
 
 
-def test_colours_and_the_outline_of_a_mask() -> None:
+def test_colours() -> None:
     colours = np.zeros((8, 8, 8, 3), np.uint8)
     colours[..., 0] = 255
     red = np.asarray(Image.open(io.BytesIO(draw_slices(colours, (1, 1, 1)))))
     assert red[CELL // 2, CELL // 2].tolist() == pytest.approx([255, 0, 0], abs=12)
+
+
+def test_labels_have_colours_outlines_and_nothing_around() -> None:
     mask = np.zeros((8, 8, 8), np.uint8)
-    mask[2:6, 2:6, 2:6] = 7
-    plain = draw_slices(np.zeros((8, 8, 8)), (1, 1, 1))
-    outlined = np.asarray(Image.open(io.BytesIO(draw_slices(np.zeros((8, 8, 8)), (1, 1, 1), mask=mask))))
-    assert np.asarray(Image.open(io.BytesIO(plain))).max() < 8
-    red, _, blue = outlined[CELL // 4 - 1 : CELL // 4 + 2, CELL // 2].max(0).tolist()
-    assert red > blue + 50
-    assert outlined[CELL // 2, CELL // 2].max() < 40
+    mask[2:6, 2:6, 2:4], mask[2:6, 2:6, 4:6] = 7, 200
+    picture = draw_labels(mask, (1, 1, 1), [0, 3, 7, 200])
+    assert picture is not None
+    pixels = np.asarray(Image.open(io.BytesIO(picture)))
+    assert pixels.shape == (CELL, 3 * CELL, 4)
+    coronal, step = pixels[:, CELL : 2 * CELL], CELL // 8
+    # The second and the third label: 7 below, 200 above.
+    for place, number in ((5, 1), (3, 2)):
+        inside = coronal[place * step - step // 2, CELL // 2]
+        assert "#{:02x}{:02x}{:02x}".format(*inside[:3]) == LABEL_COLOURS[number]
+        assert 0 < inside[3] < 128
+        assert coronal[place * step - step // 2, 2 * step, 3] == 255, "no outline"
+    assert coronal[CELL // 2, CELL // 2, 3] == 255, "no outline between labels"
+    assert not coronal[: 2 * step].any()
+    assert not coronal[:, : 2 * step].any()
+    assert draw_labels(np.zeros_like(mask), (1, 1, 1), [0, 7]) is None
+    assert draw_labels(mask, (1, 1, 1), []) is not None, "labels that dataset_info.json does not name"
+
+
+def test_labels_lie_where_the_voxels_are_drawn() -> None:
+    mask = np.zeros((20, 12, 7), np.uint8)
+    mask[3:15, 2:9, 1:6] = 1
+    overlay = draw_labels(mask, SPACING, [0, 1])
+    assert overlay is not None
+    shown = np.asarray(Image.open(io.BytesIO(overlay)))[..., 3] > 0
+    drawn = np.asarray(Image.open(io.BytesIO(draw_slices(mask, SPACING))).convert("L")) > 128
+    assert np.mean(shown != drawn) < 0.05 < shown.mean()
 
 
 def test_a_single_bright_voxel_is_seen() -> None:

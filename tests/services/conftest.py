@@ -21,6 +21,9 @@ import pytest
 from beam_nifti.pipeline.local_runner import RUNNER
 from tests.images import write_cohort
 
+INSTALL_TIMEOUT = 900.0
+"""Seconds in which a script installs or starts a service."""
+
 LOCAL = (f"--runner={RUNNER}", "--direct_running_mode=in_memory")
 
 
@@ -71,7 +74,7 @@ def run_cli(arguments: Sequence[str], timeout: float = 300.0, **environment: str
 def run_script(script: Path, *arguments: str) -> str:
     """Run a script that installs, starts or ends a service for this interpreter; what it printed."""
     command = [str(script), *arguments, f"--python={sys.executable}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_TIMEOUT, check=False)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.services.conftest import INSTALL_TIMEOUT
 from tests.services.fault_proxy import FaultProxy
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "object_stores"
@@ -41,12 +42,16 @@ def serve(run: Path) -> Iterator[Servers]:
     Args:
         run: a folder for what they hold.
     """
-    subprocess.run([SCRIPT, "install"], check=True)
+    subprocess.run([SCRIPT, "install"], check=True, timeout=INSTALL_TIMEOUT)
     s3_port, gcs_port = free_ports(2)
     s3, gcs = FaultProxy(s3_port), FaultProxy(gcs_port)
     ports = [f"--s3-port={s3_port}", f"--gcs-port={gcs_port}", f"--gcs-url={gcs.url}"]
     up = subprocess.run(
-        [SCRIPT, "up", BUCKET, f"--run={run}", *ports], check=True, stdout=subprocess.PIPE, text=True
+        [SCRIPT, "up", BUCKET, f"--run={run}", *ports],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=INSTALL_TIMEOUT,
     )
     exports = (line.removeprefix("export ").partition("=") for line in up.stdout.splitlines())
     with pytest.MonkeyPatch.context() as patch:

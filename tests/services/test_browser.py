@@ -11,7 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from tests.reporting.test_report import NASTY, UPSIDE_DOWN, write_heads
+from tests.reporting.test_report import NASTY, UPSIDE_DOWN, write_heads, write_study
 from tests.services.conftest import LOCAL, run_cli, run_script
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "browser"
@@ -38,6 +38,16 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["--label-column=age:float,sex:class", "--allow-mixed-shapes", "--max-bad-fraction=0.5"]
     run_cli(["build", str(manifest), str(folder / "dataset"), *flags, "--workers=1", *LOCAL])
     run_cli(["report", str(folder / "dataset"), "--out", str(folder / "report.html"), *LOCAL])
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of heads with masks, of two sites, some of them copies."""
+    folder = tmp_path_factory.mktemp("study")
+    flags = ["--mask-column=mask", "--label-column=sex:class", "--rescale=none", "--workers=1", *LOCAL]
+    run_cli(["build", str(write_study(folder / "images")), str(folder / "dataset"), *flags])
+    run_cli(["report", str(folder / "dataset"), "--by=site", "--out", str(folder / "report.html"), *LOCAL])
     return folder / "report.html"
 
 
@@ -195,6 +205,31 @@ def test_it_fits_and_axe_finds_nothing(browser: Browser, report: Path, width: in
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
     opened.page.close()
     assert opened.errors == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_masks_are_switched_off_and_axe_finds_nothing(
+    browser: Browser, study: Path, width: int, theme: str
+) -> None:
+    opened = open_page(browser, study, width, theme)
+    overlay = opened.page.locator("#wall .overlay").first
+    assert overlay.evaluate("image => image.naturalWidth") > 0
+    slices = opened.page.locator("#wall .view img").first
+    assert overlay.bounding_box() == slices.bounding_box()
+    opened.page.get_by_label("Masks", exact=True).focus()
+    opened.page.keyboard.press("Space")
+    assert not opened.page.locator(".overlay").evaluate_all(
+        "all => all.some(image => image.checkVisibility())"
+    )
+    opened.page.get_by_label("Masks", exact=True).check()
+    assert overlay.is_visible()
+    found = Axe().run(opened.page).response["violations"]
+    assert [(v["id"], [node["html"] for node in v["nodes"]]) for v in found] == []
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    opened.page.close()
+    assert opened.errors == []
+    assert opened.requests == [study.as_uri()]
 
 
 def test_the_view_of_a_record_is_walked_through_and_loads_nothing(browser: Browser, view: Path) -> None:

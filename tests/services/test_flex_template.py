@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.services.conftest import Reference, run_cli
+from tests.services.conftest import INSTALL_TIMEOUT, Reference, run_cli
 
 pytest.importorskip("google.cloud.dataflow", reason="needs the extra [gcp]")
 
@@ -49,7 +49,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[st
         "--s3-port=17072",
         "--gcs-port=17073",
     ]
-    subprocess.run([str(STORES), "install"], check=True)
+    subprocess.run([str(STORES), "install"], check=True, timeout=INSTALL_TIMEOUT)
     up = subprocess.run([*stores, "up", "lab"], check=True, stdout=subprocess.PIPE, text=True)
     try:
         exports = [line.removeprefix("export ") for line in up.stdout.splitlines()]

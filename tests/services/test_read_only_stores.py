@@ -8,6 +8,7 @@ import getpass
 import pickle
 import subprocess
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from beam_nifti.errors import DatasetError
 from beam_nifti.random_access import Dataset
 from beam_nifti.storage import paths as storage
 from tests.datasets import read_without_beam_and_fork
-from tests.services.conftest import Reference, content_of, run_cli
+from tests.services.conftest import INSTALL_TIMEOUT, Reference, content_of, run_cli
 from tests.services.fault_proxy import FaultProxy, Request
 from tests.services.stores import free_ports
 
@@ -61,12 +62,12 @@ def run_server(name: str, port: int, folder: Path) -> Iterator[None]:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     probe = {"azurite": f"{ACCOUNT}?comp=list", "hdfs": "webhdfs/v1/?op=LISTSTATUS"}[name]
     try:
-        for _ in range(int(PATIENCE / 0.2)):
+        end = time.monotonic() + PATIENCE
+        while not answers(f"http://127.0.0.1:{port}/{probe}"):
+            assert time.monotonic() < end, f"{name} does not answer"
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.2)
                 raise AssertionError((folder.parent / f"{name}.log").read_text())
-            if answers(f"http://127.0.0.1:{port}/{probe}"):
-                break
         yield
     finally:
         process.terminate()
@@ -75,7 +76,7 @@ def run_server(name: str, port: int, folder: Path) -> Iterator[None]:
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=PATIENCE):
+        with urllib.request.urlopen(url, timeout=PATIENCE / 10):
             return True
     except urllib.error.HTTPError as e:
         return e.code == 403  # by Azurite, which does not know who asks
@@ -102,7 +103,7 @@ def run_web_server(port: int, folder: Path) -> Iterator[None]:
     stopped = asyncio.Event()
     thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
     thread.start()
-    started.wait()
+    assert started.wait(PATIENCE), "the web server does not start"
     yield
     loop.call_soon_threadsafe(stopped.set)
     thread.join()
@@ -135,7 +136,7 @@ def upload(local: Path, hdfs_port: int) -> None:
 
 @pytest.fixture(scope="module")
 def served(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    subprocess.run([SCRIPT, "install"], check=True)
+    subprocess.run([SCRIPT, "install"], check=True, timeout=INSTALL_TIMEOUT)
     run, ports = tmp_path_factory.mktemp("servers"), free_ports(3)
     local = reference.manifest.parent.parent
     with contextlib.ExitStack() as stack:

@@ -277,7 +277,7 @@ def test_all_records_have_the_grid_of_the_reference(run: Run, cohort: Path, tmp_
     checked = run("check", cohort, *flags)
     assert "row 4 (3.nii.gz): its field of view does not meet that of --reference" in checked
     told = run("build", cohort, output, *flags)
-    assert "3 examples: an image ends within the grid of --reference" in told
+    assert "3 examples: an image does not cover the whole grid of --reference" in told
     assert "3 examples: labelled voxels of the mask lie outside the grid of --reference" in told
     info = info_of(output)
     assert info.shape == TEMPLATE.shape
@@ -436,7 +436,7 @@ def test_a_dataset_of_aligned_images(run: Run, tmp_path: Path) -> None:
     checked = run("check", manifest, *flags)
     assert "row 4 (3_T1w.nii): 3_T2w.nii: its field of view does not meet that of 3_T1w.nii" in checked
     told = run("build", manifest, output, *flags)
-    assert "an image or mask ends within the first image of its example" in told
+    assert "an image or mask does not cover the whole first image of its example" in told
     assert info_of(output).shape == (*TEMPLATE.shape, 2)
     assert "3 rebuilt" in run("verify", output, "--deep=all", "--manifest", manifest)
     assert "align first" in run("inspect", output)
@@ -447,7 +447,7 @@ def test_a_dataset_of_aligned_images(run: Run, tmp_path: Path) -> None:
 
 def test_a_single_image_has_nothing_to_align() -> None:
     record = RecordConfig(align="first")
-    with pytest.raises(UsageError, match=r"^--align has no effect on a single image; name several in"):
+    with pytest.raises(UsageError, match=r"^--align has no effect on a single image; name several columns"):
         BuildConfig("m.tsv", "out", record)
     for columns in (Columns("a,b"), Columns("a", mask="m")):
         assert BuildConfig("m.tsv", "out", record, columns).record.align == "first"

@@ -382,7 +382,7 @@ def test_what_verify_finds(reference: Path, tmp_path: Path) -> None:
 def test_a_survey_counts_frames(manifest: Path) -> None:
     row = read_manifest(str(manifest)).rows([0])[0]
     plan = CheckPlan(BuildConfig(str(manifest), "", record=EACH), 1, 0, None)
-    found, _ = survey_image(row, str(manifest.parent), plan)
+    found, *_ = survey_image(row, str(manifest.parent), plan)
     assert (found.num_examples, found.frames, found.records) == (FRAMES, {"5": 1}, {"6×5×4": 1})
     assert found.record_bytes == FRAMES * record_bytes(6 * 5 * 4, 2, EACH)
 

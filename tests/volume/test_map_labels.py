@@ -147,6 +147,48 @@ def test_a_map_in_a_file_of_options(tmp_path: Path) -> None:
     assert make_config("m.tsv", "x", {}, config=str(tmp_path / "o.toml")).record.map_labels == "-1=0,4=3"
 
 
+def map_of(path: object) -> str | None:
+    return make_config("m.tsv", "x", {"mask_column": "seg", "map_labels": path}).record.map_labels
+
+
+def test_a_map_in_a_table_is_stored_and_not_its_path(tmp_path: Path, run: Callable[..., str]) -> None:
+    manifest, table = cohort(tmp_path / "c"), tmp_path / "labels.tsv"
+    table.write_text("from\tto\tname\n4\t3\tenhancing\n7\t1\t\n0\t0\tbackground\n")
+    run("build", manifest, tmp_path / "out", "--mask-column=seg", f"--map-labels={table}")
+    info = info_of(tmp_path / "out")
+    assert info.config["map_labels"] == map_of(table) == map_of("4=3,7=1") == "4=3,7=1"
+    assert info.mask_labels == (0, 1, 2, 3)
+    table.rename(tmp_path / "moved.tsv")
+    run("build", manifest, tmp_path / "out", "--mask-column=seg", "--map-labels=7=1,4=3")
+    assert info_of(tmp_path / "out").revision == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, "which is no label map: no such file; give the new label of each"),
+        ("a.txt", "4 3", r"is not a \.csv, .*; give the new label of each label to change, such as 4=3"),
+        ("a.csv", "old,to\n4,3\n", "whose columns are old, to; give .* a table with the columns from and to"),
+        ("a.csv", "from,to\n4,3\n5,\n", r"a\.csv: row 2: '' is not an integer; give whole numbers, or drop"),
+        ("a.csv", "from,to\n4,3\n5,1.5\n", r"a\.csv: row 2: '1\.5' is not an integer; give whole"),
+        ("a.csv", "from,to\n4,3\n4,2\n", r"a\.csv: row 2 maps 4 twice, to 3 and to 2; drop one"),
+        ("a.csv", "from,to\n4,-3\n", r"a\.csv: row 1 has 4=-3, but -3 is not from 0 to 65535; choose"),
+        ("a.csv", "from,to\n4,4\n", "which maps every label to itself; drop it"),
+        ("a.csv", "from,to\n", "which maps every label to itself; drop it"),
+        ("a.csv", "from,to\n4,300\n", "maps 4 to 300, which uint8 cannot hold; use --mask-dtype uint16"),
+    ],
+)
+def test_a_table_that_is_no_map_is_refused(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=message):
+        make_config(
+            "m.tsv", "x", {"mask_column": "seg", "mask_dtype": "uint8", "map_labels": tmp_path / name}
+        )
+
+
 def test_another_map_is_another_dataset(tmp_path: Path) -> None:
     manifest = cohort(tmp_path / "c")
     for name, mapped in (("a", None), ("b", "4=3")):

@@ -225,7 +225,7 @@ def test_a_function_is_told_apart_by_the_file_that_defines_it(
         ("nowhere.at_all:f", "cannot be imported: ModuleNotFoundError: .*put its folder on PYTHONPATH"),
         ("json:no_such", "json has no function 'no_such'; correct the name"),
         ("json:dump_", "json has no function 'dump_'; did you mean dump?"),
-        ("json:__doc__", "is not a function but a str"),
+        ("json:__doc__", "is of type str; give a function"),
         ("sys:exit", "sys has no file; define the function in a module"),
     ],
 )
@@ -416,7 +416,10 @@ def test_a_function_that_fails_for_the_first_images_is_told_at_once(
     module = make_module("def f(volume): return None\n")
     told = run("build", cohort, tmp_path / "out", f"--preprocess={module}:f", code=cli.USAGE)
     assert f"{cohort}: none of the first images can be used with these options\n" in told
-    assert f"row 1 (sub-0000): sub-0000.nii.gz: --preprocess {module}:f returned a NoneType" in told
+    assert (
+        f"row 1 (sub-0000): sub-0000.nii.gz: --preprocess {module}:f returned an object of type NoneType"
+        in told
+    )
     assert "relative paths" not in told
     assert not (tmp_path / "out").exists()
 

@@ -403,9 +403,9 @@ def changed(**changes: Any) -> Callable[[Volume], Any]:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda volume: None, "returned a NoneType; return dataclasses.replace"),
-        (lambda volume: volume.voxels, "returned a ndarray; return dataclasses.replace"),
-        (changed(voxels=[[[1.0]]]), "voxels that are a list; return a numpy array"),
+        (lambda volume: None, "returned an object of type NoneType; return dataclasses.replace"),
+        (lambda volume: volume.voxels, "returned an object of type ndarray; return dataclasses.replace"),
+        (changed(voxels=[[[1.0]]]), "voxels of type list; return a numpy array"),
         (changed(voxels=np.zeros(SHAPE, np.complex64)), "returned complex64 voxels"),
         (changed(voxels=np.zeros(SHAPE, bool)), "returned bool voxels"),
         (changed(voxels=np.zeros(SHAPE, np.float16)), "returned float16 voxels"),
@@ -416,7 +416,7 @@ def changed(**changes: Any) -> Callable[[Volume], Any]:
         (changed(voxels=np.zeros(SHAPE, ">i2")), "in native byte order"),
         (changed(affine=np.eye(3)), r"return a finite \(4, 4\) array"),
         (changed(affine=np.full((4, 4), np.nan)), r"return a finite \(4, 4\) array"),
-        (changed(affine="RAS"), "returned an affine that is a str; return a finite"),
+        (changed(affine="RAS"), "returned an affine of type str; return a finite"),
         (lambda volume: 1 / 0, "failed: ZeroDivisionError: division by zero; repair it"),
     ],
 )

@@ -47,6 +47,9 @@
     const image = card.querySelector("img");
     image.src = `data:image/webp;base64,${volume.picture}`;
     image.alt = `Middle slices of ${volume.id}`;
+    const overlay = card.querySelector(".overlay");
+    if (volume.overlay) overlay.src = `data:image/webp;base64,${volume.overlay}`;
+    else overlay.remove();
     set("id", volume.id);
     set("facts", [volume.split, ...volume.labels.map((label, place) => `${labels[place]} ${label ?? "none"}`)].join(" · "));
     set("space", `${volume.shape} · ${volume.spacing} mm · ${volume.orientation}`);

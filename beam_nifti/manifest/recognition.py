@@ -1,0 +1,408 @@
+"""Recognizes what a folder of images is, and makes the manifest that it calls for. Reads no image.
+
+A folder is, in this order: a dataset of the Medical Segmentation Decathlon or nnU-Net, a BIDS study, or other
+images, of which a table in the folder may be the manifest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import pyarrow as pa
+
+from beam_nifti.errors import ManifestError, UsageError
+from beam_nifti.manifest.bids import BidsImage, Study
+from beam_nifti.manifest.discovery import FoundImages, find_bids_images, list_images, notes_on_content
+from beam_nifti.manifest.image_names import drop_second_halves, is_of_macos, stem_of
+from beam_nifti.manifest.msd import SPLITS, find_msd_images, read_channels
+from beam_nifti.manifest.tables import read_table
+from beam_nifti.storage import paths as storage
+from beam_nifti.support.cells import is_missing
+from beam_nifti.support.wording import counted, first_few
+
+_DEPTH: Final = 99  # folders below the one that is searched for images
+_SHOWN: Final = 3  # names in a note that concerns many
+_TABLES: Final = (".tsv", ".csv", ".jsonl", ".ndjson", ".parquet")
+_MASKS: Final = "masks?|(?:d|prob|a)?segs?|segmentations?|labels?|labelmaps?|lesions?|rois?|gt|groundtruth"
+_IMAGES: Final = (
+    "images?|imgs?|scans?|t1|t1w|t1n|t1c|t1ce|t1gd|t2|t2w|t2f|flair|pd|pdw|dwi|adc|swi|ct|pet|mr|mri"
+)
+_ROLE_OF_NAME: Final = re.compile(rf"(?:(?P<case>.*)[_.-])?(?P<role>{_MASKS}|{_IMAGES})", re.I | re.S)
+_ROLE_OF_FOLDER: Final = re.compile(rf"(?P<role>{_MASKS}|{_IMAGES})(?:Tr|Ts)?", re.I | re.S)
+_IS_MASK: Final = re.compile(rf"(?:.*[_.-])?(?:{_MASKS})(?:[_.-].*)?", re.I | re.S)
+_MASK_SUFFIX: Final = re.compile("(?:.*mask|dseg|probseg|aseg)", re.I)
+_LABEL_MAPS: Final = ("dseg", "mask")
+_IDS: Final = ("image_id", "case_id")
+_KEYS: Final = ("participant_id", "session_id")
+
+
+@dataclass(frozen=True)
+class Recognized:
+    """A folder of images as a manifest.
+
+    Attributes:
+        kind: what the folder is, such as "a BIDS study".
+        table: the manifest, with absolute paths; None if `path` is one that exists.
+        path: path of a table of the folder that is the manifest; "" if there is none.
+        images: columns of images.
+        mask: column of masks; "" without masks.
+        id_column: column of unique ids that `build` must be told; "" if it finds ids by itself.
+        modality: names of the channels or suffixes, if they are known.
+        without_mask: images without a mask, by split, if there are masks.
+        label_columns: columns that may hold labels, of the manifest if `path` is given, otherwise of the
+            tables of a study.
+        command: command that writes the manifest again with a label, if there is one.
+        notes: what was not used, and why.
+    """
+
+    kind: str
+    table: pa.Table | None
+    path: str = ""
+    images: tuple[str, ...] = ("path",)
+    mask: str = ""
+    id_column: str = ""
+    modality: tuple[str, ...] = ()
+    without_mask: Mapping[str, int] = field(default_factory=dict)
+    label_columns: tuple[str, ...] = ()
+    command: str = ""
+    notes: tuple[str, ...] = ()
+
+    def cells(self, column: str) -> list[str]:
+        """The cells of a column of the manifest."""
+        table = self.read()
+        return list(table[column].to_pylist()) if column in table.column_names else []
+
+    def read(self) -> pa.Table:
+        """The manifest."""
+        return read_table(self.path) if self.table is None else self.table
+
+    def relative_to(self, folder: str) -> pa.Table:
+        """The manifest with relative paths of files below a folder."""
+        table = self.read()
+        for name in (*self.images, *([self.mask] if self.mask else [])):
+            paths = [path.removeprefix(f"{folder}/") for path in table[name].to_pylist()]
+            table = table.set_column(table.column_names.index(name), name, pa.array(paths, pa.string()))
+        return table
+
+
+def recognize(root: str, out: str) -> Recognized:
+    """Recognize a folder.
+
+    Args:
+        root: folder or URL.
+        out: path of the manifest to be written, for the commands that are shown.
+
+    Raises:
+        UsageError: it has no images, or names of images contradict each other.
+        ManifestError: its dataset.json does not match its files.
+    """
+    folder = storage.absolute(root)
+    if channels := read_channels(folder):
+        return _recognize_msd(folder, channels)
+    study = _scan(folder)
+    if study is not None and (images := _images_of_study(study)):
+        return _recognize_bids(study, images, root, out)
+    paths = _list_all(folder)
+    if not paths:
+        raise UsageError(f"{root}: no images, neither there nor in a folder below; name a folder of images")
+    table, notes = _recognize_table(folder, paths, root)
+    return table or _recognize_files(folder, paths, notes)
+
+
+def _recognize_msd(folder: str, channels: Sequence[str]) -> Recognized:
+    found = find_msd_images(folder, "", is_explained=False)
+    names = tuple(name for name in found.table.column_names if name not in ("case_id", "split", "mask"))
+    has_mask = "mask" in found.table.column_names
+    return Recognized(
+        "a dataset in the layout of the Decathlon or nnU-Net",
+        found.table,
+        images=names,
+        mask="mask" if has_mask else "",
+        id_column="case_id",
+        modality=tuple(channels),
+        without_mask=_count_empty(found.table, "mask") if has_mask else {},
+        notes=found.notes,
+    )
+
+
+def _count_empty(table: pa.Table, mask: str) -> dict[str, int]:
+    splits = table["split"].to_pylist() if "split" in table.column_names else ["train"] * table.num_rows
+    cells = zip(splits, table[mask].to_pylist(), strict=True)
+    counts = Counter(split for split, cell in cells if is_missing(cell))
+    return {split: counts[split] for split in sorted(counts, key=lambda name: (name not in SPLITS, name))}
+
+
+# BIDS
+
+
+def _scan(folder: str) -> Study | None:
+    """The study in a folder; None if it has no files in folders sub-*."""
+    if any(name.startswith("sub-") for name in storage.list_folders(folder)):
+        with contextlib.suppress(UsageError):
+            return Study.scan(folder)
+    return None
+
+
+def _images_of_study(study: Study) -> dict[str, list[BidsImage]]:
+    """The images of a study by suffix: those of anat, or of the folder with most images; without masks."""
+    by_folder = defaultdict[str, dict[str, list[BidsImage]]](dict)
+    for suffix, images in study.images.items():
+        for image in images if not _MASK_SUFFIX.fullmatch(suffix) else ():
+            by_folder[image.path.split("/")[-2]].setdefault(suffix, []).append(image)
+
+    def rank(name: str) -> tuple[bool, int]:
+        return name == "anat", sum(map(len, by_folder[name].values()))
+
+    return by_folder[max(sorted(by_folder), key=rank)] if by_folder else {}
+
+
+def _recognize_bids(
+    study: Study, images: Mapping[str, Sequence[BidsImage]], root: str, out: str
+) -> Recognized:
+    sessions = {suffix: {image.session for image in found} for suffix, found in images.items()}
+    # The first of several images has the voxel grid of the record: T1w, as usual.
+    order = sorted(sessions, key=lambda name: (-len(sessions[name]), name != "T1w", name))
+    suffixes = [name for name in order if sessions[name] == sessions[order[0]]]
+    if any(len(images[name]) > len(sessions[name]) for name in suffixes):
+        suffixes = order[:1]
+    suffix = ",".join(suffixes)
+    has_several = len(images[suffixes[0]]) > len(sessions[suffixes[0]])
+    found = find_bids_images(study.root, suffix, "", all_images=has_several)
+    masked, flags, notes = _find_masks(study, suffix, found, all_images=has_several)
+    if masked is not None:
+        found = masked
+    command = ["beam-nifti", "manifest", "bids", root, "--suffix", suffix, *flags]
+    command += ["--all-images"] if has_several else []
+    written = ["--out", out, "--overwrite"]
+    columns = _columns_of(storage.join(study.root, "participants.tsv"))
+    return Recognized(
+        f"a BIDS study with {' and '.join(suffixes)} images",
+        found.table,
+        images=tuple(suffixes) if len(suffixes) > 1 else ("path",),
+        mask="" if masked is None else "mask",
+        id_column="image_id" if has_several else "",
+        modality=tuple(suffixes),
+        label_columns=tuple(columns),
+        command=shlex.join([*command, "--label", columns[0], *written]) if columns else "",
+        notes=(*found.notes, *notes),
+    )
+
+
+def _columns_of(path: str) -> list[str]:
+    """The columns of a table of participants, besides the ids; none if there is no table."""
+    return (
+        [name for name in read_table(path).column_names if name not in _KEYS] if storage.exists(path) else []
+    )
+
+
+def _find_masks(
+    study: Study, suffix: str, found: FoundImages, *, all_images: bool
+) -> tuple[FoundImages | None, list[str], list[str]]:
+    """The manifest with masks, if every image has one; its flags; and notes on masks that are not used."""
+    above, notes = storage.join(study.root, "derivatives"), list[str]()
+    places = {"": study}
+    for name in storage.list_folders(above):
+        if (derivative := _scan(storage.join(above, name))) is not None:
+            places[name] = derivative
+    for name, place in places.items():
+        where = f"derivatives/{name}" if name else "the study"
+        for mask in (each for each in _LABEL_MAPS if each in place.images):
+            refusal: UsageError | None = None
+            for entities in ({}, {f"{mask}:space": [""]}):
+                try:
+                    masked = find_bids_images(
+                        study.root,
+                        suffix,
+                        "",
+                        entities=entities,
+                        all_images=all_images,
+                        mask_suffix=mask,
+                        derivatives=name or None,
+                    )
+                except UsageError as e:
+                    refusal = refusal or e
+                    continue
+                if masked.table.num_rows == found.table.num_rows:
+                    flags = ["--mask-suffix", mask, *(["--derivatives", name] if name else [])]
+                    flags += [f"--entity={key}={labels[0]}" for key, labels in entities.items()]
+                    return masked, flags, notes
+                have = f"{masked.table.num_rows} of {counted(found.table.num_rows, 'image')} have one"
+                refusal = UsageError(f"only {have}")
+            notes.append(f"not used: {mask} images of {where} as masks: {refusal}")
+    return None, [], notes
+
+
+# Other images
+
+
+def _list_all(folder: str) -> list[str]:
+    """The paths of all images of a folder, sorted; without hidden ones."""
+    try:
+        below = [*storage.list_files(folder), *storage.list_tree(folder, "", _DEPTH)]
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise UsageError(f"{folder}: no such folder; name a folder of images") from e
+    found = [path for path in below if not path.startswith(".") and not is_of_macos(path)]
+    paths = [storage.join(folder, path) for path in found if stem_of(path) is not None]
+    storage.require_text(paths)
+    return drop_second_halves(sorted(paths))
+
+
+def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Recognized | None, list[str]]:
+    """The table of the folder that names most of the images by their paths; and notes on the other tables."""
+    known, notes = {*paths}, list[str]()
+    best = dict[str, tuple[int, pa.Table, list[str]]]()  # number of images, table, columns of paths
+    for name in (name for name in storage.list_files(folder) if name.lower().endswith(_TABLES)):
+        try:
+            table = read_table(storage.join(folder, name))
+        except ManifestError as e:
+            notes.append(f"not used: {name}: {'; '.join(e.problems)}")
+            continue
+        named = dict[str, set[str]]()
+        for column in table.column_names:
+            paths_of = _named(table, column, folder)
+            if paths_of and paths_of <= known and paths_of not in named.values():
+                named[column] = paths_of
+        is_full = any(_num_given(table, column) == table.num_rows for column in named)
+        num = len(set[str]().union(*named.values()))
+        if is_full and 2 * num >= len(known):
+            best[name] = (num, table, [*named])
+        elif named:
+            notes.append(f"not used: {name}, which names {num:,} of {counted(len(known), 'image')}")
+        else:
+            notes.append(
+                f"not used: {name}, which has no column of paths of images; beam-nifti manifest table adds "
+                "its columns by ids"
+            )
+    if not best:
+        return None, notes
+    name = max(best, key=lambda each: best[each][0])
+    num, table, columns = best[name]
+    masks = [column for column in columns if _is_mask(column) or _num_given(table, column) < table.num_rows]
+    images = tuple(column for column in columns if column not in masks)
+    if not images:  # nothing but masks, which are images then
+        images, masks = tuple(columns), []
+    notes += [f"not used: {each}, which names images too" for each in best if each != name]
+    if num < len(known):
+        notes.append(f"not used: {counted(len(known) - num, 'image')} that {name} does not name")
+    notes += [
+        f"not used: the column {column} of {name}, which is not the first of masks" for column in masks[1:]
+    ]
+    others = [each for each in table.column_names if each not in (*columns, *_KEYS, *_IDS, "split", "label")]
+    found = Recognized(
+        f"images that {name} lists",
+        None,
+        path=storage.join(root, name),
+        images=images,
+        mask=masks[0] if masks else "",
+        id_column=_id_column(table, images[0]),
+        modality=images if len(images) > 1 else (),
+        without_mask=_count_empty(table, masks[0]) if masks else {},
+        label_columns=tuple(others),
+        notes=(*notes, *notes_on_content(paths)),
+    )
+    return found, notes
+
+
+def _named(table: pa.Table, column: str, folder: str) -> set[str]:
+    cells = (text for text in table[column].to_pylist() if not is_missing(text))
+    return {storage.join(folder, re.sub(r"^(?:\./)+", "", text)) for text in cells}
+
+
+def _num_given(table: pa.Table, column: str) -> int:
+    return sum(not is_missing(text) for text in table[column].to_pylist())
+
+
+def _is_mask(name: str) -> bool:
+    return _IS_MASK.fullmatch(name) is not None
+
+
+def _id_column(table: pa.Table, image: str) -> str:
+    """The column of ids that a build must be told: the one that has unique ids where its own are not."""
+    own = [name for name in _KEYS if name in table.column_names]
+    for name in (*_IDS, *([image] if own else [])):
+        if name in table.column_names and len(set(table[name].to_pylist())) == table.num_rows:
+            ids = {*zip(*(table[each].to_pylist() for each in own), strict=True)}
+            return "" if name == image and len(ids) == table.num_rows else name
+    return ""
+
+
+def _recognize_files(folder: str, paths: Sequence[str], notes: Sequence[str]) -> Recognized:
+    """Images without a table, several of a case by the words in their names or folders."""
+    cases, more = _group(folder, paths)
+    notes = [*notes, *more]
+    kinds = {tuple(sorted(role for role in of if not _is_mask(role))) for of in cases.values()}
+    masks = Counter(role for of in cases.values() for role in of if _is_mask(role))
+    if len(kinds) == 1 and any(kinds):
+        (roles,) = kinds
+        mask = min(masks, key=lambda role: (-masks[role], role), default="")
+        unused = [role for role in sorted(masks) if role != mask]
+    elif any(kinds):  # cases have different images, so each image is an example
+        images = [path for of in cases.values() for role, path in of.items() if not _is_mask(role)]
+        cases, roles, mask, unused = {path: {"": path} for path in images}, ("",), "", sorted(masks)
+    else:  # nothing but images that are named like masks
+        cases, roles, mask, unused = {path: {"": path} for path in paths}, ("",), "", []
+    notes += [f"not used: {counted(masks[role], 'mask')} named {role}" for role in unused]
+    first = {of[roles[0]]: (case, of) for case, of in cases.items()}
+    table = list_images(sorted(first), folder, all_images=None)
+    rows = [first[storage.join(folder, path)] for path in table["path"].to_pylist()]
+    table = table.drop_columns("path")
+    if len(roles) > 1 and "participant_id" not in table.column_names:
+        table = table.append_column("case_id", pa.array([case for case, _ in rows], pa.string()))
+    names = tuple(role or "image" for role in roles) if len(roles) > 1 else ("path",)
+    for name, role in (*zip(names, roles, strict=True), *([("mask", mask)] if mask else [])):
+        table = table.append_column(name, pa.array([of.get(role, "") for _, of in rows], pa.string()))
+    return Recognized(
+        "a folder of images" + (f" with {' and '.join(names)}" if len(roles) > 1 else ""),
+        table,
+        images=names,
+        mask="mask" if mask else "",
+        id_column=next((name for name in _IDS if name in table.column_names), ""),
+        modality=roles if len(roles) > 1 else (),
+        without_mask=_count_empty(table, "mask") if mask else {},
+        notes=(*notes, *notes_on_content(paths)),
+    )
+
+
+def _group(folder: str, paths: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """The images of each case by their roles, such as t1 and seg; "" is that of a name without such a word.
+
+    The name of a case is the path without these words. An image whose case and role another one has too is
+    a case of its own. Masks of no image are noted, unless there are only masks.
+    """
+    cases = defaultdict[str, dict[str, str]](dict)
+    for path in paths:
+        below = path.removeprefix(f"{folder}/")
+        case, role = _case_of(stem_of(below) or below)
+        if role in cases[case or folder.rpartition("/")[2]]:
+            case, role = below, ""
+        cases[case or folder.rpartition("/")[2]][role] = path
+    alone = [case for case, of in cases.items() if all(map(_is_mask, of))]
+    if not alone or len(alone) == len(cases):
+        return dict(cases), []
+    notes = [
+        f"not used: the masks of {counted(len(alone), 'case')} ({first_few(alone, _SHOWN)}) without an image"
+    ]
+    return {case: of for case, of in cases.items() if case not in {*alone}}, notes
+
+
+def _case_of(stem: str) -> tuple[str, str]:
+    """The case and the role of an image by its path without ending.
+
+    >>> _case_of("imagesTr/liver_1"), _case_of("sub-01/sub-01_flair"), _case_of("a/masks/x_t1")
+    (('liver_1', 'images'), ('sub-01', 'flair'), ('a/x', 'masks'))
+    """
+    *folders, name = stem.split("/")
+    roles = [match["role"].lower() for match in map(_ROLE_OF_FOLDER.fullmatch, folders) if match]
+    kept = [folder for folder in folders if not _ROLE_OF_FOLDER.fullmatch(folder)]
+    if match := _ROLE_OF_NAME.fullmatch(name):
+        roles.append(match["role"].lower())
+        name = match["case"] or ""
+    kept += [name] if name and name not in kept[-1:] else []
+    role = next(filter(_is_mask, roles), roles[-1] if roles else "")
+    return "/".join(kept), role
