@@ -40,7 +40,7 @@ def make_network(shape: tuple[int, ...]) -> keras.Model:
     for filters in (16, 32):
         network.add(layers.Conv3D(filters, 3, padding="same", activation="relu"))
         network.add(layers.MaxPool3D(2))
-        network.add(layers.BatchNormalization())
+        network.add(layers.BatchNormalization(momentum=0.9))  # for epochs of a few steps
     network.add(layers.GlobalAveragePooling3D())
     network.add(layers.Dense(64, activation="relu"))
     network.add(layers.Dense(1, activation="sigmoid"))

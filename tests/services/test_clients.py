@@ -59,7 +59,7 @@ def test_keras_s_example_of_ct_scans_learns_from_a_dataset(tmp_path: Path) -> No
 
     size = (16, 16, 8)
     manifest = write_cohort(tmp_path, 20, (40, 40, 16))
-    history = main([str(manifest), str(tmp_path / "dataset"), "--size=16,16,8", "--epochs=12"])
+    history = main([str(manifest), str(tmp_path / "dataset"), "--size=16,16,8", "--epochs=25"])
     assert max(history.history["val_accuracy"]) == 1
     for record in bn.Dataset(tmp_path / "dataset", "validation", columns=["image", "id"]):
         original = prepare_original(tmp_path / f"{record['id'].removeprefix('sub-')}.nii.gz", size)
