@@ -53,7 +53,7 @@ def load_dataset(
     on_error: Literal["raise", "skip"] = "raise",
     engine: Literal["indexed", "sequential"] | None = None,
     start_state: Mapping[str, Any] | None = None,
-    layout: Literal["plain", "nobrainer"] | None = None,
+    layout: Literal["plain", "nobrainer", "medicai"] | None = None,
     patch: Sequence[SupportsIndex] | None = None,
     patches_per_volume: int | None = None,
     foreground: float | None = None,
@@ -87,7 +87,8 @@ def load_dataset(
         on_error: "skip" skips damaged records, with a warning for each; the cardinality is then unknown.
         engine: "indexed" (Python threads) or "sequential" (TensorFlow's graph); None selects one.
         start_state: result of `state_after` for the run to continue, instead of `start`.
-        layout: layout of TFRecords of other programs: "nobrainer", or "plain" for `image_raw` and `label`.
+        layout: layout of TFRecords of other programs: "nobrainer", "medicai" (of its tutorial on BraTS), or
+            "plain" for `image_raw` and `label`.
         patch: (x, y, z) in voxels of random patches to read instead of whole volumes.
         patches_per_volume: number of patches per volume and epoch; None means 1.
         foreground: share of the patches that are drawn around a labelled voxel of the mask; None means 0.
