@@ -135,7 +135,8 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
             "--mask-column, or drop --align"
         )
     channels = columns.paths if len(columns.paths) > 1 else None
-    record = replace(record, channels=channels, mask_dtype=mask_dtype)
+    masks = columns.masks if len(columns.masks) > 1 else None
+    record = replace(record, channels=channels, mask_dtype=mask_dtype, masks=masks)
     record.require_own_statistics()
     return record
 

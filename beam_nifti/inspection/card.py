@@ -109,7 +109,10 @@ def _license(words: str) -> dict[str, str]:
 def _feature_rows(info: DatasetInfo) -> Iterator[str]:
     tensors = {
         "image_raw": (info.dtype, info.shape),
-        MASK_FEATURE: (info.config.get("mask_dtype"), info.shape and info.shape[:3]),
+        MASK_FEATURE: (
+            info.config.get("mask_dtype"),
+            info.shape and info.shape[:3] + info.record_config.mask_axes,
+        ),
     }
     is_native = info.config["voxel_dtype"] == "native"
     for name, of_feature in info.features.items():

@@ -82,7 +82,8 @@ class RecordSpec:
 
     def most_bytes(self, cells: Mapping[str, Any]) -> int:
         """The largest payload of a record with this row of the index. It bounds what is decompressed."""
-        return largest_payload(self.info.shape or cells["shape"], self.info.dtype, self.config.mask_dtype)
+        shape, config = self.info.shape or cells["shape"], self.config
+        return largest_payload(shape, self.info.dtype, config.mask_dtype, config.num_masks)
 
     def unpack(self, data: bytes, cells: Mapping[str, Any]) -> bytes:
         """The serialized Example of a stored record; a ShardError if it is damaged or too large."""
@@ -129,7 +130,7 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     if spec.config.nonfinite is not None and min(as_list(cells["num_nonfinite"]), default=0) < 0:
         yield f"the index has num_nonfinite {cells['num_nonfinite']}, which is below 0"
     if spec.config.mask_dtype is not None:
-        yield from _check_mask(features, cells, voxels.shape[:3], spec.config)
+        yield from _check_mask(features, cells, voxels.shape[:3] + spec.config.mask_axes, spec.config)
 
 
 def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:

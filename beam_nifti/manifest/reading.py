@@ -144,7 +144,7 @@ def _check_columns(
     present = ", ".join(table.column_names) or "none"
     for name, flag in (
         *((name, "--path-column") for name in columns.paths),
-        (columns.mask, "--mask-column"),
+        *((name, "--mask-column") for name in columns.masks),
         *((column.name, "--label-column") for column in columns.labels),
         (columns.id, "--id-column"),
         (splitting and splitting.stratify, "--stratify"),
@@ -175,20 +175,22 @@ def _check_columns(
 
 
 def _find_missing_masks(table: pa.Table, columns: Columns) -> tuple[pa.Table, npt.NDArray[np.bool_] | None]:
-    """A table whose cells without a mask are empty, and which they are; None if there are no masks."""
-    if columns.mask is None:
-        return table, None
-    cells = table[columns.mask].combine_chunks()
-    lacks = np.fromiter(map(is_missing, strings(cells)), np.bool_, len(cells))
-    at = table.column_names.index(columns.mask)
-    return table.set_column(at, columns.mask, pc.if_else(pa.array(lacks), "", cells)), lacks
+    """A table whose cells without a mask are empty, and which rows lack one; None if there are no masks."""
+    lacking = None
+    for name in columns.masks:
+        cells = table[name].combine_chunks()
+        lacks = np.fromiter(map(is_missing, strings(cells)), np.bool_, len(cells))
+        at = table.column_names.index(name)
+        table = table.set_column(at, name, pc.if_else(pa.array(lacks), "", cells))
+        lacking = lacks if lacking is None else lacking | lacks
+    return table, lacking
 
 
 def _refuse_names(table: pa.Table, columns: Columns, problems: Problems, *, may_be_long: bool) -> None:
     """Refuse long ids, and paths that are empty, that no system opens, or that this process cannot spell."""
     is_limited = sys.getfilesystemencoding() != "utf-8"
     for name in columns.files:
-        what = "mask" if name == columns.mask else "image"
+        what = "mask" if name in columns.masks else "image"
         for i, text in enumerate(strings(table[name])):
             if not text:
                 if what == "image" or columns.missing_mask is None:

@@ -179,8 +179,10 @@ class LoadVolume(_Step):
         complex: how complex voxels are stored, as in `BuildOptions`; None refuses them.
         channels: names of the columns of the images that are the channels of a record, in the order of
             `Columns.path`; None for one image.
-        mask_dtype: dtype of the label map that is each row's last file, as named by `Columns.mask`; None if
-            rows have none.
+        mask_dtype: dtype of the label maps that are each row's last files, as named by `Columns.mask`; None
+            if rows have none.
+        masks: names of the columns of the label maps that are the channels of a mask, in the order of
+            `Columns.mask`; None for one label map.
         map_labels: labels of masks that become others, as in `BuildOptions`.
         nonfinite: what becomes of NaN and infinite voxels, as in `BuildOptions`; None leaves them. With
             `align`, give it here and not to `Preprocess`, because they would spread to their neighbours.
@@ -204,6 +206,7 @@ class LoadVolume(_Step):
         complex: str | None = None,
         channels: Names | None = None,
         mask_dtype: str | None = None,
+        masks: Names | None = None,
         map_labels: StrPath | Mapping[Any, SupportsIndex] | None = None,
         nonfinite: Rule | None = None,
         align: str | None = None,
@@ -217,6 +220,7 @@ class LoadVolume(_Step):
             "complex": complex,
             "path_column": channels,
             "mask_dtype": mask_dtype,
+            "mask_column": masks,
             "map_labels": map_labels,
             "nonfinite": nonfinite,
             "align": align,
@@ -224,10 +228,12 @@ class LoadVolume(_Step):
             "mask_interpolation": mask_interpolation,
             "antialias": antialias,
         }
-        with naming_parameters(path_column="channels"):
+        with naming_parameters(path_column="channels", mask_column="masks"):
             config = make_record_config(given)
         if config.map_labels is not None and config.mask_dtype is None:
             raise UsageError("map_labels maps labels of masks; give mask_dtype too, or drop it")
+        if masks is not None and config.mask_dtype is None:
+            raise UsageError("masks names the columns of masks; give mask_dtype too, or drop it")
         if config.splits_frames:
             raise UsageError(
                 f"frames is {config.frames!r}, which makes several records per row, and only a build can "

@@ -280,13 +280,13 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
             f"its feature label is {kinds['label']}, expected one float; use another name for other values"
         )
     mask = _tensor(features, MASK_FEATURE) if MASK_FEATURE in features else None
-    if mask is not None and (mask.shape != voxels.shape[:3] or mask.dtype.name not in MASK_DTYPES):
+    mask_shape = voxels.shape[:3] + (record.config.mask_axes if record.config else ())
+    if mask is not None and (mask.shape != mask_shape or mask.dtype.name not in MASK_DTYPES):
         raise VolumeError(
             f"its mask is {mask.dtype.name} of {mask.shape}, expected {' or '.join(MASK_DTYPES)} of "
-            f"{voxels.shape[:3]}"
+            f"{mask_shape}"
         )
-    mask_dtype = None if mask is None else mask.dtype.name
-    require_readable(len(record.example), voxels.shape, voxels.dtype.name, mask_dtype)
+    require_readable(len(record.example), voxels, mask)
     label = features.get("label")
     number = None if label is None or np.isnan(label[0]) else float(label[0])
     if number is not None and np.isinf(number):

@@ -158,23 +158,26 @@ def _require_columns(row: VolumeRow, config: RecordConfig) -> None:
     """Refuse a row with other files than the step reads: it would drop some, or take a mask for an image."""
     if row.columns is not None:
         _require_same_columns(row.path, row.columns, config)
-    num_read = config.num_channels + (config.mask_dtype is not None)
+    num_read = config.num_channels + config.num_masks
     if len(row.files) != num_read:
         raise UsageError(
             f"{row.path}: the row has {counted(len(row.files), 'file')}, but LoadVolume reads {num_read}; "
-            "give it the channels and mask_dtype of the row"
+            "give it the channels, mask_dtype and masks of the row"
         )
 
 
 def _require_same_columns(path: str, columns: Columns, config: RecordConfig) -> None:
-    images, mask, has_mask = columns.paths, columns.mask, config.mask_dtype is not None
-    channels = images if len(images) > 1 else None
-    if (channels, mask is not None) == (config.channels, has_mask):
+    channels, masks = (names if len(names) > 1 else None for names in (columns.paths, columns.masks))
+    if (channels, masks, len(columns.masks)) == (config.channels, config.masks, config.num_masks):
         return
-    given = {"channels": channels, "mask_dtype": mask and (config.mask_dtype or MASK_DTYPES[0])}
+    dtype = (config.mask_dtype or MASK_DTYPES[0]) if columns.masks else None
+    given = {"channels": channels, "mask_dtype": dtype, "masks": masks}
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-    named = [*map(repr, images), *([f"{mask!r} (mask)"] if mask is not None else [])]
-    read = [*(map(repr, config.channels) if config.channels else ["one image"]), *["a mask"] * has_mask]
+    named = [*map(repr, columns.paths), *(f"{name!r} (mask)" for name in columns.masks)]
+    read = [
+        *(map(repr, config.channels) if config.channels else ["one image"]),
+        *((f"{name!r} (mask)" for name in config.masks) if config.masks else ["a mask"] * config.num_masks),
+    ]
     raise UsageError(
         f"{path}: ReadManifest names the columns {', '.join(named)}, but LoadVolume reads {', '.join(read)}; "
         f"use LoadVolume({arguments}), or give ReadManifest other columns"

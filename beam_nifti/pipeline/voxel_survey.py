@@ -249,7 +249,7 @@ def _measure(volume: Volume, record: RecordConfig, shape: tuple[int | None, ...]
     ]
     if num_nonfinite := sum(volume.num_nonfinite):
         findings.append(Finding("nonfinite", row.row, row.example_id, counted(num_nonfinite, "voxel")))
-    labels = tuple(sorted(cohort.labels)) if volume.mask is not None and row.files[-1] else None
+    labels = tuple(sorted(cohort.labels)) if any(row.files[record.num_channels :]) else None
     notes, shape_of_record = volume.notes, volume.voxels.shape
     if not record.is_of_cohort or record.rescale_stats is not None:
         notes = rescale_volume(volume, record).notes

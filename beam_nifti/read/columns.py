@@ -215,7 +215,9 @@ def _describe(
     space: Sequence[int | None],
 ) -> Column:
     if TENSOR_FEATURES.get(name) in info.features:
-        dtype, channels = (tf.float32, num_channels) if name == "image" else (tf.int32, 1)
+        dtype, channels = (
+            (tf.float32, num_channels) if name == "image" else (tf.int32, info.record_config.num_masks)
+        )
         return Column(name, dtype, (channels, *space) if channels_first else (*space, channels))
     if name in _OF_RECORDS:
         return _OF_RECORDS[name]

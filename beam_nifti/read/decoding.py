@@ -95,15 +95,15 @@ def restore_image(
 
 
 def decode_mask(features: Features, shape: tuple[int, ...], info: DatasetInfo) -> npt.NDArray[Any]:
-    """The labels of a record's mask, of shape (X, Y, Z, 1), in their stored dtype.
+    """The labels of a record's masks, of shape (X, Y, Z, C), in their stored dtype.
 
     Raises:
         ShardError: they do not match `shape` and `info`.
     """
-    tensor = _tensor(features, MASK_FEATURE)
-    if tensor.dtype.name != info.record_config.mask_dtype or tensor.shape != shape[:3]:
+    tensor, config = _tensor(features, MASK_FEATURE), info.record_config
+    if tensor.dtype.name != config.mask_dtype or tensor.shape != shape[:3] + config.mask_axes:
         raise ShardError(f"its {MASK_FEATURE} is {tensor.dtype.name} of {tensor.shape}")
-    return tensor[..., np.newaxis]
+    return tensor if config.mask_axes else tensor[..., np.newaxis]
 
 
 def decode_feature(features: Features, name: str, info: DatasetInfo) -> Any:

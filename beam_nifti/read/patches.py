@@ -254,7 +254,9 @@ def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> d
     config, is_compressed = info.record_config, info.record_config.compression == "gzip"
     with records.reading(row) as (path, shape):
         require_channels(shape, config)
-        found, count = tiles_of(shape, info.dtype, config.mask_dtype, compressed=is_compressed)
+        found, count = tiles_of(
+            shape, info.dtype, config.mask_dtype, config.mask_axes, compressed=is_compressed
+        )
         cells = {name: table[name][row].as_py() for name in table.column_names if name != "member_lengths"}
         facts, lengths = _Facts.of(cells, config), table["member_lengths"][row].values.to_numpy()
         is_cut = len(lengths) > 1 and all(f"{name}_raw" in found for name in names)
@@ -262,7 +264,8 @@ def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> d
             return None
         if len(lengths) != count:
             raise ShardError(f"the index gives it {len(lengths)} members, expected {count}")
-        require_stored_size(cells["length"], largest_payload(shape, info.dtype, config.mask_dtype))
+        most = largest_payload(shape, info.dtype, config.mask_dtype, config.num_masks)
+        require_stored_size(cells["length"], most)
         starts = np.cumsum(lengths, dtype=np.int64) - lengths + records.places[0][row]
         if not records.agreed[row]:
             features = _read_beside(path, found, starts, lengths, shape, info)
@@ -310,7 +313,7 @@ def _read_beside(
         OSError: the file cannot be reached.
     """
     config = info.record_config
-    most = largest_payload(shape, info.dtype, config.mask_dtype)
+    most = largest_payload(shape, info.dtype, config.mask_dtype, config.num_masks)
 
     def read_member(number: int) -> bytearray | memoryview:
         size = int(lengths[number])

@@ -142,7 +142,8 @@ class Records:
         dtype = "float32" if name == "image" else info.record_config.mask_dtype
         if info.shape is None:
             return f"{name} {dtype} of mixed shapes"
-        *space, channels = (*info.shape, 1)[:4] if name == "image" else (*info.shape[:3], 1)
+        num_masks = info.record_config.num_masks
+        *space, channels = (*info.shape, 1)[:4] if name == "image" else (*info.shape[:3], num_masks)
         return f"{name} {dtype} {(channels, *space) if self.channels_first else (*space, channels)}"
 
     def rows_of(self, parts: Sequence[SplitPart]) -> Rows:
@@ -250,8 +251,9 @@ class Records:
     def _payload(self, path: str, row: int, shape: tuple[int, ...], in_place: bool) -> memoryview:
         info = self.opened.info
         offsets, lengths = self.places
-        compressed, size = info.record_config.compression == "gzip", int(lengths[row])
-        most = largest_payload(shape, info.dtype, info.record_config.mask_dtype)
+        config, size = info.record_config, int(lengths[row])
+        compressed = config.compression == "gzip"
+        most = largest_payload(shape, info.dtype, config.mask_dtype, config.num_masks)
         require_stored_size(size, most)
         buffer = scratch(size) if compressed or in_place else make_buffer(size)
         count = storage.read_into(path, int(offsets[row]), buffer)

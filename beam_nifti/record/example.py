@@ -127,31 +127,33 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def largest_payload(shape: Sequence[int], dtype: str, mask_dtype: str | None) -> int:
+def largest_payload(shape: Sequence[int], dtype: str, mask_dtype: str | None, num_masks: int) -> int:
     """The most bytes that the Example of a volume can have.
 
     Args:
         shape: shape of the voxels.
         dtype: dtype of the voxels.
-        mask_dtype: dtype of the mask; None if there is none.
+        mask_dtype: dtype of the masks; None if there are none.
+        num_masks: number of masks.
     """
-    itemsize = numpy_dtype(dtype).itemsize + (numpy_dtype(mask_dtype).itemsize if mask_dtype else 0)
+    itemsize = numpy_dtype(dtype).itemsize
+    itemsize += numpy_dtype(mask_dtype).itemsize * num_masks if mask_dtype else 0
     return min(MAX_EXAMPLE_BYTES, math.prod(shape) * itemsize + _BESIDE_VOXELS)
 
 
-def require_readable(num_bytes: int, shape: Sequence[int], dtype: str, mask_dtype: str | None) -> None:
+def require_readable(num_bytes: int, voxels: npt.NDArray[Any], mask: npt.NDArray[Any] | None) -> None:
     """Refuse an Example that readers refuse for its size.
 
     Args:
         num_bytes: size of the Example.
-        shape: as of `largest_payload`.
-        dtype: as of `largest_payload`.
-        mask_dtype: as of `largest_payload`.
+        voxels: stored voxels.
+        mask: its mask, or None.
 
     Raises:
         VolumeError: it is too large.
     """
-    most = largest_payload(shape, dtype, mask_dtype)
+    masks = (None, 0) if mask is None else (mask.dtype.name, math.prod(mask.shape[3:]))
+    most = largest_payload(voxels.shape, voxels.dtype.name, *masks)
     if num_bytes > most:
         raise VolumeError(
             f"takes {num_bytes:,} bytes, more than the {most:,} that readers accept of a record of this shape"
@@ -313,9 +315,7 @@ def encode_volume(volume: Volume) -> ExamplePieces:
         features[MASK_FEATURE] = encode_tensor(volume.mask)
     try:
         pieces = _pieces(features)
-        mask_dtype = None if volume.mask is None else volume.mask.dtype.name
-        size = sum(map(len, pieces))
-        require_readable(size, volume.voxels.shape, volume.voxels.dtype.name, mask_dtype)
+        require_readable(sum(map(len, pieces)), volume.voxels, volume.mask)
     except VolumeError as e:
         raise VolumeError(f"{row.path}: {e}") from e
     tensors, offset = list[tuple[int, tuple[int, ...], int]](), 0

@@ -508,9 +508,9 @@ def check_table(
         record: configuration of the records.
         is_sparse: whether cells may be empty, except those that locate records, as in a dataset without a
             manifest.
-        may_lack_masks: whether examples may lack the file of their mask.
+        may_lack_masks: whether examples may lack files of their masks.
     """
-    num_masks = range(0 if may_lack_masks or is_sparse else 1, 2) if record.mask_dtype else range(1)
+    num_masks = range(0 if may_lack_masks or is_sparse else record.num_masks, record.num_masks + 1)
     try:
         table.validate(full=True)  # Parquet's text is not checked when it is read
     except pa.ArrowInvalid as e:

@@ -195,7 +195,12 @@ def _show(numbers: Sequence[int]) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def tiles_of(
-    shape: tuple[int, ...], dtype: str, mask_dtype: str | None, *, compressed: bool
+    shape: tuple[int, ...],
+    dtype: str,
+    mask_dtype: str | None,
+    mask_axes: tuple[int, ...] = (),
+    *,
+    compressed: bool,
 ) -> tuple[dict[str, tuple[int, Tiles]], int]:
     """Find which members of a record hold its voxels.
 
@@ -203,6 +208,7 @@ def tiles_of(
         shape: shape of the voxels.
         dtype: dtype of the stored voxels.
         mask_dtype: dtype of the mask; None if there is none.
+        mask_axes: its axes besides x, y and z.
         compressed: whether the record is compressed.
 
     Returns:
@@ -210,7 +216,7 @@ def tiles_of(
         record has.
     """
     found, number = dict[str, tuple[int, Tiles]](), 1
-    for name, axes, kind in zip(_TENSORS, (shape, shape[:3]), (dtype, mask_dtype), strict=True):
+    for name, axes, kind in zip(_TENSORS, (shape, shape[:3] + mask_axes), (dtype, mask_dtype), strict=True):
         tiles = Tiles.of(axes, numpy_dtype(kind).itemsize, compressed=compressed) if kind else None
         if tiles is not None:
             found[name] = number, tiles

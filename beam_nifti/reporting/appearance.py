@@ -20,7 +20,7 @@ from beam_nifti.support.cells import is_missing
 from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import Grid, agreed_zooms, axes_to, orientation_of, turn_voxels, turn_zooms
 from beam_nifti.volume.header import COLOURS
-from beam_nifti.volume.label_map import label_counts
+from beam_nifti.volume.label_map import label_counts, overlaid
 from beam_nifti.volume.rescale import UINT8_LEVELS, Scaling, Voxels, measure
 
 SCHEMA: Final = pa.schema(
@@ -130,7 +130,7 @@ def _of_mask(
     return {
         "mask_labels": labels,
         "mask_counts": counts[labels],
-        "overlay": draw_labels(turn_voxels(mask, turns), zooms, spec.info.mask_labels or ()),
+        "overlay": draw_labels(turn_voxels(overlaid(mask), turns), zooms, spec.info.mask_labels or ()),
     }
 
 

@@ -35,6 +35,7 @@ from beam_nifti.volume.grid import (
 )
 from beam_nifti.volume.header import MAX_VOLUME_BYTES, require_shape, require_size
 from beam_nifti.volume.intensity import describe_rule, select_voxels
+from beam_nifti.volume.label_map import of_each_mask
 from beam_nifti.volume.nonfinite import replace_nonfinite
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.resample import LINEAR, Interpolation, resample_labels, resample_voxels, split_slices
@@ -146,7 +147,8 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
         said = describe(e, is_anonymous=bool(volume.row.pseudonyms))
         raise VolumeError(f"--preprocess {name} failed: {said}; repair it, or leave the image out") from e
     masks = () if volume.mask is None else (volume.mask.dtype.name,)
-    problem = _wrong_with(made) or _wrong_beside(made, masks, num_channels)
+    axes = () if volume.mask is None else volume.mask.shape[3:]
+    problem = _wrong_with(made) or _wrong_beside(made, masks, axes, num_channels)
     if problem:
         raise VolumeError(f"--preprocess {name} {problem}")
     grid = Grid.of(made.voxels.shape, np.asarray(made.affine, np.float64))
@@ -174,7 +176,7 @@ def require_volume(volume: Volume, step: str) -> Volume:
         masks = (config.mask_dtype,)
     num_channels = config.num_channels if config.channels else None
     problem = _wrong_with(volume, _STORED_DTYPES if volume.intensities else ())
-    problem = problem or _wrong_beside(volume, masks, num_channels)
+    problem = problem or _wrong_beside(volume, masks, config.mask_axes, num_channels)
     if problem:
         raise VolumeError(f"{volume.row.path}: {name} {problem}")
     affine = np.asarray(volume.affine, np.float64)
@@ -218,21 +220,27 @@ def _wrong_with(made: object, dtypes: Collection[str] = ()) -> str | None:
     return None
 
 
-def _wrong_beside(made: Volume, masks: Collection[str], num_channels: int | None = None) -> str | None:
+def _wrong_beside(
+    made: Volume, masks: Collection[str], mask_axes: tuple[int, ...], num_channels: int | None = None
+) -> str | None:
     """What is wrong with a volume's channels, and with its mask, which must have one of some dtypes."""
     shape = made.voxels.shape
     if num_channels not in (None, *shape[3:]):
         return f"returned voxels of shape {shape}; return all {num_channels} channels that it got"
     found: object = made.mask
     if not masks:
-        return None
+        remedy = (
+            "name the column of masks with --mask-column, or return dataclasses.replace(volume, voxels=…)"
+        )
+        return None if found is None else f"returned a mask, but the volume that it got has none; {remedy}"
     if not isinstance(found, np.ndarray) or found.dtype.name not in masks or not found.dtype.isnative:
         what = found.dtype if isinstance(found, np.ndarray) else type(found).__name__
         return f"returned a mask of {what}; return an array of {' or '.join(masks)}"
-    if found.shape != shape[:3] or not found.flags.c_contiguous:
+    if found.shape != shape[:3] + mask_axes or not found.flags.c_contiguous:
+        masks_too = f" and {mask_axes[0]} masks" if mask_axes else ""
         return (
-            f"returned a mask of shape {found.shape} for voxels of {shape}; transform both, and return "
-            "numpy.ascontiguousarray of each"
+            f"returned a mask of shape {found.shape} for voxels of {shape}{masks_too}; transform both, and "
+            "return numpy.ascontiguousarray of each"
         )
     return None
 
@@ -314,7 +322,7 @@ def align(volume: Volume, reference: ReferenceGrid, how: Interpolation, *, each:
     voxels, scaling = align_voxels(volume.voxels, volume.scaling, old, new, how, each=each)
     mask, notes = None, [] if covers(old, new) else ["beyond-field-of-view"]
     if volume.mask is not None:
-        mask = align_labels(volume.mask, old, new, how)
+        mask = of_each_mask(volume.mask, lambda each: align_labels(each, old, new, how))
         notes += ["labels-lost-to-reference"] if loses_labels(volume.mask, old, new) else []
     return replace(
         volume,

@@ -65,9 +65,9 @@ class Volume:
         dtype: name of the dtype on disk, such as "int16" or "rgb24"; if images differ, all of their dtypes,
             separated by commas.
         source: files that it was read from, and shape and affine of the first image before any preparation.
-        mask: labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order; None if the manifest has no
-            masks.
-        mapped_labels: labels in the file of the mask that were mapped to others, ascending; None if no labels
+        mask: labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order, or (X, Y, Z, C) if the
+            manifest has several columns of masks; None if it has no masks.
+        mapped_labels: labels in the files of masks that were mapped to others, ascending; None if no labels
             are mapped.
         intensities: range, mean and standard deviation of each image, in its units; empty before they
             are measured.
@@ -110,7 +110,7 @@ def load_volume(
     dtype: str | None = None,
     record: RecordConfig | None = None,
 ) -> Volume:
-    """Read the images of one example, and its mask.
+    """Read the images of one example, and its masks.
 
     Args:
         row: row of the manifest that names them.
@@ -147,9 +147,9 @@ def load_volume(
             voxels, scaling = _bring_onto(images[0].header, voxels, scaling, header, record)
         images.append(_LoadedImage(header, voxels, scaling, image.stats, num_nonfinite=count))
     first = images[0]
-    mask = _load_mask(row, folder, record, first.header)
+    masks = _load_masks(row, folder, record, first.header)
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
-    return _assemble(row, images, mask, voxels, scaling, record)
+    return _assemble(row, images, masks, voxels, scaling, record)
 
 
 def _make_finite(
@@ -181,7 +181,7 @@ def load_frames(
         header, layout = image.header, record_layout(row.path, image.header, record)
         require_frames(row.path, header, row.num_frames, record)
         content = image.read_all()
-    mask = _load_mask(row, folder, record, header)
+    masks = _load_masks(row, folder, record, header)
     scaling = Scaling() if header.is_complex else header.scaling
     loaded = _LoadedImage(header, np.empty(0), scaling, image.stats)
 
@@ -191,7 +191,7 @@ def load_frames(
     def of_frame(frame: int) -> Volume:
         cut = cut_frame if clip == 1 else cut_clip
         voxels = cut(content, frame, header, layout, record.complex)
-        volume = _assemble(row.of_frame(frame), [loaded], mask, voxels, scaling, record)
+        volume = _assemble(row.of_frame(frame), [loaded], masks, voxels, scaling, record)
         # One example of the image has the note, so that images are counted.
         notes = _notes_of_frames(header, record) if frame == last else ()
         return replace(volume, notes=join_notes([volume.notes, notes]))
@@ -214,7 +214,7 @@ def _notes_of_frames(header: VolumeHeader, record: RecordConfig) -> tuple[str, .
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _LoadedImage:
-    """One of the images of an example, or its mask with the labels that were mapped."""
+    """One of the images of an example, or a mask with the labels that were mapped."""
 
     header: VolumeHeader
     voxels: Voxels
@@ -224,17 +224,33 @@ class _LoadedImage:
     num_nonfinite: int = 0
 
 
-def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
-    """The mask of an example whose image has this header, if any; its voxels are labels.
+def _load_masks(
+    row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader
+) -> tuple[Voxels | None, list[_LoadedImage]]:
+    """The labels of an example whose image has this header, and its masks; None if there are no masks."""
+    numbers = range(record.num_channels, record.num_channels + record.num_masks)
+    if record.masks is None:
+        masks = [_load_mask(row, number, folder, record, image) for number in numbers]
+        return (masks[0].voxels if masks else None), masks
+    labels, masks = np.empty((*image.space, *record.mask_axes), record.mask_dtype), list[_LoadedImage]()
+    for channel, number in enumerate(numbers):
+        mask = _load_mask(row, number, folder, record, image)
+        labels[..., channel] = mask.voxels
+        masks.append(replace(mask, voxels=labels))
+    return labels, masks
 
-    It has no label if the row does not have a mask. Its files are none then.
+
+def _load_mask(
+    row: VolumeRow, number: int, folder: str, record: RecordConfig, image: VolumeHeader
+) -> _LoadedImage:
+    """A mask of an example, by its number among the files; its voxels are labels.
+
+    It has no label if the row does not have the mask. Its files are none then.
     """
-    if record.mask_dtype is None:
-        return None
-    path = row.files[-1]
+    path = row.files[number]
     if not path:
         return _LoadedImage(image, np.zeros(image.space, record.mask_dtype), Scaling(), ())
-    parse = _parser(row, record.num_channels, record, image)
+    parse = _parser(row, number, record, image)
     mask = load_mask(path, storage.join(folder, path), parse, record)
     labels, _ = _bring_onto(image, mask.labels, Scaling(), mask.header, record, is_mask=True)
     header = mask.header
@@ -246,13 +262,14 @@ def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeH
 def _assemble(
     row: VolumeRow,
     images: list[_LoadedImage],
-    mask: _LoadedImage | None,
+    masks: tuple[Voxels | None, list[_LoadedImage]],
     voxels: Voxels,
     scaling: Scaling,
     record: RecordConfig,
 ) -> Volume:
     """The volume of these voxels, which were loaded from the files of an example."""
-    header, files = images[0].header, [*images, *([mask] if mask else [])]
+    header, (labels, loaded) = images[0].header, masks
+    files, mapped = [*images, *loaded], {label for mask in loaded for label in mask.mapped}
     dtypes = [image.header.dtype_name for image in images]
     stats, affine = tuple(file.stats for file in files if file.stats), tuple(header.affine.ravel().tolist())
     return Volume(
@@ -263,8 +280,8 @@ def _assemble(
         zooms=header.zooms,
         dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
         source=Source(stats, header.shape, affine),
-        mask=mask.voxels if mask else None,
-        mapped_labels=mask.mapped if mask and record.map_labels is not None else None,
+        mask=labels,
+        mapped_labels=tuple(sorted(mapped)) if loaded and record.map_labels is not None else None,
         num_nonfinite=() if record.nonfinite is None else tuple(image.num_nonfinite for image in images),
         notes=join_notes(file.header.notes for file in files),
         config=record,
@@ -381,7 +398,9 @@ def load_header(
     """
     record = record or RecordConfig()
     headers = list[VolumeHeader]()
-    for number, path in enumerate(row.existing_files):
+    for number, path in enumerate(row.files):
+        if not path:  # of a mask that the row does not have
+            continue
         parse = _parser(row, number, record, headers[0] if headers else None, shape, dtype, is_any=is_any)
         headers.append(read_header(path, storage.join(folder, path), parse))
     if not is_any:
