@@ -82,6 +82,7 @@ def build(
         **options: see `beam_nifti.BuildOptions`, which lists all of them. The most used are:
             label_column: column of labels, or several; default: "label".
             mask_column: column of label maps; default: none.
+            target_column: column of images to predict, such as dose maps; default: none.
             split: share of the participants by split, such as {"train": 0.8, "test": 0.2}.
             rescale: "minmax" (default), "zscore", "none", or a tuple such as ("percentile", 1, 99).
             orientation: axis codes, such as "RAS".

@@ -26,12 +26,12 @@ INTENSITY = 4.0
 NOISE = 12.0
 
 
-def load_anatomy() -> npt.NDArray[np.float64]:
+def load_anatomy(crop: tuple[slice, ...] = CROP) -> npt.NDArray[np.float64]:
     spec = importlib.util.find_spec("nilearn")  # its import would cost seconds and is not needed
     if spec is None or spec.origin is None:
         sys.exit("error: the anatomy comes from nilearn; pip install 'beam-nifti[test]'")
     image = nibabel.load(Path(spec.origin).parent / TEMPLATE)
-    return INTENSITY * np.asanyarray(image.dataobj)[CROP].astype(np.float64)
+    return INTENSITY * np.asanyarray(image.dataobj)[crop].astype(np.float64)
 
 
 def scan(anatomy: npt.NDArray[np.float64], subject: int) -> bytes:

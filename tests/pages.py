@@ -45,7 +45,18 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").glob("**/*.md")))
 
-LIBRARIES = ("tensorflow", "keras", "torch", "monai", "torchio", "lightning", "jax", "grain")
+LIBRARIES = (
+    "tensorflow",
+    "keras",
+    "medicai",
+    "torch",
+    "monai",
+    "torchio",
+    "lightning",
+    "jax",
+    "flax",
+    "grain",
+)
 """What a block may ask for."""
 
 CODE = ("bash", "console", "python")

@@ -20,7 +20,13 @@ from hypothesis import strategies as st
 from beam_nifti.cli import parser as options
 from beam_nifti.config import RecordConfig, Sharding
 from beam_nifti.record.dataset_info import read_info
-from beam_nifti.record.example import decode_example, decode_tensor, encode_example, encode_tensor
+from beam_nifti.record.example import (
+    decode_example,
+    decode_tensor,
+    encode_example,
+    encode_tensor,
+    feature_kinds,
+)
 from beam_nifti.record.index import schema_of
 from beam_nifti.record.tiles import Tiles
 from beam_nifti.volume import load_volume
@@ -149,6 +155,8 @@ def test_the_format_names_every_column_feature_and_field(dataset: Path) -> None:
     names = {
         *schema_of(RecordConfig(rescale="zscore", mask_dtype="uint8", frames="each")).names,
         *schema_of(RecordConfig(voxel_dtype="native")).names,
+        *schema_of(RecordConfig(has_target=True, nonfinite="zero")).names,
+        *feature_kinds(RecordConfig(has_target=True)),
         *info.features,
         *info.config,
         *info.manifest,
@@ -180,7 +188,7 @@ def test_every_flag_in_the_documents_exists() -> None:
     ours = frozenset[str]().union(*map(_flags, ("", *COMMANDS)))
     scripts = {"--fast", "--services", "--all", "--coverage", "--oldest", "--newest"}
     tools = {"--fix", "--dist", "--hypothesis-profile"}  # of ruff and pytest
-    benchmarks = {"--masks", "--nobrainer", "--peers", "--threads"}
+    benchmarks = {"--masks", "--nobrainer", "--peers", "--threads", "--volumes"}
     containers = {"--build-arg", "--entrypoint", "--network", "--no-install-recommends", "--rm", "--user"}
     boot = {"--worker-pool"}  # Beam's launcher of workers
     job_server = {"--execution-mode-for-batch"}  # Beam's, of Flink
@@ -191,7 +199,10 @@ def test_every_flag_in_the_documents_exists() -> None:
     nibabel = {"--compressed", "--out-dtype"}  # of its converters
     airflow = {"--conf"}
     mkdocs = {"--strict"}
-    scripts |= tools | benchmarks | airflow | mkdocs | containers | boot | job_server | gcloud | nibabel
+    kubectl = {"--for", "--timeout"}
+    scripts |= (
+        tools | benchmarks | airflow | mkdocs | kubectl | containers | boot | job_server | gcloud | nibabel
+    )
     for document in DOCUMENTS:
         text = re.sub(r"^<!--.*-->$", "", document.read_text(), flags=re.M)
         flags = {f.replace("_", "-") for f in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}

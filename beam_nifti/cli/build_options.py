@@ -77,6 +77,9 @@ _HELP: Final = {
     "mask_column": "column of label maps: images of whole numbers, on the voxel grid of the images unless "
     "--align is given. They are prepared like the images, and stored without rescaling. Those of several "
     "comma-separated columns, such as organs,lesions, become the channels of one mask; default: none",
+    "target_column": "column of images of real values that a network predicts for each voxel, such as dose "
+    "maps, on the voxel grid of the images unless --align is given. They are prepared like the images, and "
+    "stored as float32 without rescaling; default: none",
     "label_column": "column of labels: numbers, or the names of classes; or several columns, such as "
     "age,sex:class,subtype, each stored in its own feature label/NAME. NAME:KIND chooses how the values are "
     "stored: as float, class (the number of the class) or string; without KIND, float if all values are "
@@ -143,8 +146,9 @@ _HELP: Final = {
     "apply several functions in order",
     "orientation": "reorder and flip the axes so that they point in these directions, such as RAS (right, "
     "anterior, superior) or LPS; default: native, as in the file",
-    "align": "first: resample the other images of an example, and its mask, to the voxel grid of its first "
-    "image, by positions in mm; nothing is registered; default: never, so that other grids are refused",
+    "align": "first: resample the other images of an example, its mask and its target to the voxel grid of "
+    "its first image, by positions in mm; nothing is registered; default: never, so that other grids are "
+    "refused",
     "reference": "resample to the voxel grid of this image, such as a template, by positions in mm; nothing "
     "is registered",
     "spacing": "resample to this voxel size in mm, such as 1,1,1",
@@ -233,7 +237,10 @@ _GROUPS: Final[Mapping[str, tuple[str | None, tuple[str, ...]]]] = {
     ),
     "manifest columns": (
         None,
-        ("path_column", "mask_column", "missing_mask", "label_column", "missing_label", "id_column"),
+        (
+            *("path_column", "mask_column", "missing_mask", "target_column", "label_column"),
+            *("missing_label", "id_column"),
+        ),
     ),
     "privacy": (None, ("anonymous_ids",)),
     "splits": (None, ("split", "stratify", "split_seed")),
@@ -276,7 +283,8 @@ _USED_FOR_VOXELS: Final = (
 
 
 _USED_BY_ANALYZE: Final = (
-    *("config", "like", "without", "path_column", "mask_column", "missing_mask", "label_column"),
+    *("config", "like", "without", "path_column", "mask_column", "missing_mask", "target_column"),
+    *("label_column",),
     *("missing_label", "id_column", "anonymous_ids", "split", "stratify", "split_seed", "rescale"),
     *("rescale_within", "rescale_split", "mask_dtype", "map_labels", "frames", "max_frames", "complex"),
     *("allow_mixed_shapes", "align", *PREPARATIONS),

@@ -165,13 +165,15 @@ def extract(_: RunSummary, options: argparse.Namespace, __: list[str]) -> int:
     from beam_nifti.inspection.extract import choose_paths, read_volumes, refuse_sources
 
     ids = list(dict.fromkeys(options.id))
-    paths = choose_paths(ids, options.out, "_mask" if options.mask else "")
+    if options.mask and options.target:
+        raise UsageError("--mask and --target each name what to write; drop one of them")
+    paths = choose_paths(ids, options.out, "_mask" if options.mask else "_target" if options.target else "")
     for path in paths:
         require_out(path, overwrite=options.overwrite)
     refuse_sources(options.output, paths)
     for volume, path in zip(read_volumes(options.output, ids), paths, strict=True):
         volume = volume.on_source_grid() if options.on_source_grid else volume
-        written = volume.of_mask() if options.mask else volume
+        written = volume.of_mask() if options.mask else volume.of_target() if options.target else volume
         written.save(storage.absolute(path))
         with while_read():
             print_line(f"image    {size_text(written.voxels.shape)} {written.voxels.dtype}: {path}")

@@ -250,11 +250,15 @@ def _add_extract(commands: Commands) -> None:
     extract.add_argument(
         "--out",
         metavar="FILE",
-        help=".nii.gz or .nii file; default: ID.nii.gz, or ID_mask.nii.gz with --mask, in the working "
-        "directory; characters of ID that a file name cannot contain become _",
+        help=".nii.gz or .nii file; default: ID.nii.gz, or with --mask ID_mask.nii.gz, and with "
+        "--target ID_target.nii.gz, in the working directory; characters of ID that a file name cannot "
+        "contain become _",
     )
     extract.add_argument(
         "--mask", action="store_true", help="write the records' masks instead of their images"
+    )
+    extract.add_argument(
+        "--target", action="store_true", help="write the records' targets instead of their images"
     )
     extract.add_argument(
         "--on-source-grid",

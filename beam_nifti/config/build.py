@@ -106,7 +106,7 @@ def fold_shares(count: int, others: Mapping[str, float]) -> dict[str, float]:
 
 
 def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
-    """Complete the configuration of records with what the columns of images and masks decide."""
+    """Complete the configuration of records with what the columns of files decide."""
     if columns.mask is None:
         for flag, value in (
             ("--mask-dtype", record.mask_dtype),
@@ -132,11 +132,12 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
     if record.align is not None and len(columns.files) == 1:
         raise UsageError(
             "--align has no effect on a single image; name several columns with --path-column, give "
-            "--mask-column, or drop --align"
+            "--mask-column or --target-column, or drop --align"
         )
     channels = columns.paths if len(columns.paths) > 1 else None
     masks = columns.masks if len(columns.masks) > 1 else None
-    record = replace(record, channels=channels, mask_dtype=mask_dtype, masks=masks)
+    has_target = True if columns.target is not None else None
+    record = replace(record, channels=channels, mask_dtype=mask_dtype, masks=masks, has_target=has_target)
     record.require_own_statistics()
     return record
 

@@ -14,7 +14,7 @@ LABEL_KINDS: Final = ("float", "class", "string")
 MISSING_LABELS: Final = ("nan", "skip")
 MISSING_MASKS: Final = ("empty", "skip")
 
-LATER_COLUMNS: Final = ("missing_mask",)
+LATER_COLUMNS: Final = ("missing_mask", "target")
 """Fields of `Columns` that dataset_info.json contains only if they are given, as for `LATER_OPTIONS`."""
 
 
@@ -74,6 +74,7 @@ class Columns:
             string; "skip" skips the row; None refuses it.
         missing_mask: how to handle a row whose cell of a mask is empty, n/a or NaN: "empty" stores zeros in
             its place; "skip" skips the row; None refuses it.
+        target: column of paths of images of real values to predict; None if there are none.
     """
 
     path: str = "path"
@@ -82,6 +83,7 @@ class Columns:
     mask: str | None = None
     missing_label: str | None = None
     missing_mask: str | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse empty names, unknown kinds, and a column with two roles."""
@@ -95,7 +97,8 @@ class Columns:
                 f"--mask-column is {self.mask!r}; give the name of each column, such as organs,lesions"
             )
         for name in {name for name in files if files.count(name) > 1}:
-            raise UsageError(f"--path-column and --mask-column name {name!r} twice; drop one")
+            flags = "--path-column, --mask-column and --target-column"
+            raise UsageError(f"{flags} name {name!r} twice; drop one")
         labels = [column.name for column in self.labels]
         for name in labels:
             if labels.count(name) > 1:
@@ -119,8 +122,8 @@ class Columns:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The columns of all files of an example: its images and its masks."""
-        return self.paths + self.masks
+        """The columns of all files of an example: its images, its masks and its target."""
+        return (*self.paths, *self.masks, *([] if self.target is None else [self.target]))
 
     @property
     def labels(self) -> tuple[LabelColumn, ...]:

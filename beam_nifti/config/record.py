@@ -62,6 +62,7 @@ LATER_OPTIONS: Final = (
     "separate_z",
     "rescale_split",
     "rescale_stats",
+    "has_target",
     "masks",
 )
 """Options that dataset_info.json contains only if they are given, as it did before they existed."""
@@ -99,6 +100,7 @@ class RecordConfig:
         mask_dtype: dtype of the label maps of every record; None if there are no masks.
         masks: columns of the label maps that are the channels of a record's mask, in order; None if it has a
             single one.
+        has_target: whether every record has a target, an image of real values to predict; None if not.
         labels: columns whose values have features of their own, with kinds and classes; None if there is
             only the feature `label`.
         format_version: format version of the dataset: rows are added to a dataset in the format that it
@@ -135,6 +137,7 @@ class RecordConfig:
     mask_dtype: str | None = None
     masks: tuple[str, ...] | None = None
     map_labels: str | None = None
+    has_target: bool | None = None
     labels: tuple[LabelColumn, ...] | None = None
     format_version: int = FORMAT_VERSION
     format_features: tuple[str, ...] = FORMAT_FEATURES
@@ -427,6 +430,11 @@ class RecordConfig:
     def label_map(self) -> dict[int, int]:
         """The new label of each label of masks that is mapped to another one."""
         return {} if self.map_labels is None else parse_label_map(self.map_labels)
+
+    @property
+    def num_files(self) -> int:
+        """Images, masks and targets per record."""
+        return self.num_channels + self.num_masks + int(self.has_target or False)
 
     @property
     def num_channels(self) -> int:

@@ -12,7 +12,7 @@ from beam_nifti.inspection.croissant import make_croissant
 from beam_nifti.inspection.description import describe, format_description
 from beam_nifti.record.dataset_files import CARD_FILE, CROISSANT_FILE, path_of
 from beam_nifti.record.dataset_info import DatasetInfo, read_info
-from beam_nifti.record.example import MASK_FEATURE, SCALING_FEATURES, split_kind
+from beam_nifti.record.example import SCALING_FEATURES, split_kind, tensors_of
 from beam_nifti.record.shard_index import read_shard_index
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.strict_json import dump_json
@@ -107,19 +107,14 @@ def _license(words: str) -> dict[str, str]:
 
 
 def _feature_rows(info: DatasetInfo) -> Iterator[str]:
-    tensors = {
-        "image_raw": (info.dtype, info.shape),
-        MASK_FEATURE: (
-            info.config.get("mask_dtype"),
-            info.shape and info.shape[:3] + info.record_config.mask_axes,
-        ),
-    }
+    shape = info.shape or ()
+    tensors = {name: (dtype, axes) for name, axes, dtype in tensors_of(shape, info.dtype, info.record_config)}
     is_native = info.config["voxel_dtype"] == "native"
     for name, of_feature in info.features.items():
         kind, size = split_kind(of_feature)
         if name in tensors:
             dtype, axes = tensors[name]
-            row = name, f"tensor of {dtype}", "varies" if axes is None else size_text(axes)
+            row = name, f"tensor of {dtype}", size_text(axes) if shape else "varies"
         elif kind == "bytes":
             row = name, kind, ""
         else:

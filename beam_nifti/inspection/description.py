@@ -56,7 +56,8 @@ def describe_dataset(output: str) -> dict[str, Any]:
 
     Among them are `splits` (examples, shards and bytes of each), `shape` (None if shapes are mixed; `shapes`
     counts them), `labels` (None if there are none), `label_columns` (of labels with features of their own)
-    and `intensities`, in the images' units. If these options were given, there are also `nonfinite`
+    and `intensities`, in the images' units. If these options were given, there are also `targets` (as
+    `intensities`, in the targets' units), `nonfinite`
     (`num_voxels` that were replaced, `num_examples` that had them), `mapped_labels` (`old`, `new`, and the
     `num_examples` that had the old label) and, with `--missing-mask empty`, `num_unmasked`.
     """
@@ -69,6 +70,7 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
     channels = info.config.get("channels") or ("",)
     labels, of_labels = _Numbers(), [_LabelTotals(column) for column in info.labels]
     intensities = defaultdict[str, _Numbers](_Numbers)
+    targets = {name: _Numbers() for name in ("min", "max", "mean") if info.record_config.has_target}
     columns, num_unmasked = info.columns, 0
     dtypes, shapes, totals = Counter[str](), Counter[str](), RecordTotals()
     for _, _, table in read_indexes(output, info):
@@ -80,6 +82,8 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
         labels.add(table["label"])
         for of_label in of_labels:
             of_label.add(table)
+        for name in targets:
+            targets[name].add(table[f"target_{name}"])
         for (number, channel), name in itertools.product(enumerate(channels), ("min", "max", "mean")):
             column = pc.list_element(table[name], number) if channel and len(table) else table[name]
             intensities[f"{channel} {name}".strip()].add(column)
@@ -106,6 +110,7 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
         "labels": labels.summary() if info.labelled else None,
         "label_columns": {of.column.name: of.summary() for of in of_labels},
         "intensities": {name: numbers.summary() for name, numbers in intensities.items()},
+        **({"targets": {name: numbers.summary() for name, numbers in targets.items()}} if targets else {}),
         "mask_labels": None if info.mask_labels is None else list(info.mask_labels),
         **({"num_unmasked": num_unmasked} if columns.missing_mask == "empty" else {}),
         **({"mapped_labels": totals.mapped(info.record_config)} if info.config.get("map_labels") else {}),
@@ -301,6 +306,8 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for number, (name, numbers) in enumerate(d["intensities"].items()):
         width = max(map(len, d["intensities"])) + 1
         yield "" if number else "intensities", f"{name:<{width}}{_numbers_text(numbers)}"
+    for number, (name, numbers) in enumerate(d.get("targets", {}).items()):
+        yield "" if number else "targets", f"{name:<5}{_numbers_text(numbers)}"
     if replaced := d.get("nonfinite"):
         voxels, examples = (
             counted(replaced["num_voxels"], "voxel"),

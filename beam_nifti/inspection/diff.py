@@ -20,7 +20,10 @@ from beam_nifti.support.wording import counted, first_few, format_rows, one_line
 
 # Columns that are not compared. If the scaling differs, the statistics do.
 _PLACES: Final = ("example_id", "position", "offset", "length", "member_lengths", "row", *SCALING_FEATURES)
-_OF_FEATURES: Final = ("mask_labels", "mask_positions", "mapped_labels", "num_nonfinite")
+_OF_FEATURES: Final = (
+    *("mask_labels", "mask_positions", "mapped_labels", "num_nonfinite"),
+    *("target_min", "target_max", "target_mean", "target_std", "target_nonfinite"),
+)
 """Columns that are not compared if only one dataset has them."""
 
 _SOURCE: Final = ("source", "source_size", "source_mtime", *SOURCE_LISTS)
@@ -45,9 +48,9 @@ class Difference:
         added: ids of records that only the second has.
         removed: ids of records that only the first has.
         changed: ids of records that both have, by what differs: "split", "label", "source" (path, size or
-            time of an image), "voxels" (shape, dtype, affine, voxel sizes, statistics, labels of the mask),
-            or the name of an extra column; `manifest_{name}` if the table shows something else under that
-            name, such as "voxels".
+            time of an image), "voxels" (shape, dtype, affine, voxel sizes, statistics, labels of the mask,
+            statistics of the target), or the name of an extra column; `manifest_{name}` if the table shows
+            something else under that name, such as "voxels".
         config: options that differ, by name: the value in the first, the value in the second; None if it is
             not given. "labels" has the kinds and classes of the labels, "preprocess_sha256" the files of
             functions.

@@ -25,10 +25,10 @@ from beam_nifti.read.opening import open_dataset
 from beam_nifti.read.restoring import source_grid
 from beam_nifti.record.dataset_files import path_of
 from beam_nifti.record.dataset_info import read_info
-from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
+from beam_nifti.record.example import MASK_FEATURE, TARGET_FEATURE, decode_example, decode_tensor, scaling_of
 from beam_nifti.record.tfrecord import require_stored_size
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.wording import size_text
+from beam_nifti.support.wording import size_text, with_beside
 from beam_nifti.volume.grid import Grid, agreed_zooms
 from beam_nifti.volume.nifti_writer import make_image, require_nifti_name, write_nifti
 from beam_nifti.volume.rescale import RescaleRange, Scaling, Voxels, restore_units
@@ -53,6 +53,8 @@ class StoredVolume:
         zooms: voxel size along each axis, in millimetres, as in the affine.
         mask: labels of the voxels, uint8 or uint16 of shape (X, Y, Z), or (X, Y, Z, C) if a record has
             several masks, read-only; None if the dataset has no masks.
+        target: values to predict, in their own units, float32 of shape (X, Y, Z), read-only; None if the
+            dataset has no targets.
         source_shape: shape of the image that the record was made of; None if the index does not have it.
         source_affine: affine of that image, float64 (4, 4); None if the index does not have it.
     """
@@ -65,11 +67,12 @@ class StoredVolume:
     mask: Voxels | None = None
     source_shape: tuple[int, ...] | None = None
     source_affine: npt.NDArray[np.float64] | None = None
+    target: Voxels | None = None
 
     def __repr__(self) -> str:
         voxels = f"{size_text(self.voxels.shape)} {self.voxels.dtype}"
-        mask = "" if self.mask is None else ", with a mask"
-        return f"<StoredVolume {self.example_id!r}: {voxels}, {size_text(self.zooms)} mm{mask}>"
+        beside = with_beside(self.mask, self.target)
+        return f"<StoredVolume {self.example_id!r}: {voxels}, {size_text(self.zooms)} mm{beside}>"
 
     def to_nibabel(self) -> nib.Nifti1Image | nib.Nifti2Image:
         """An image of nibabel with the header that `save` writes."""
@@ -93,19 +96,26 @@ class StoredVolume:
             raise UsageError(f"record {self.example_id!r} has no mask; build the dataset with --mask-column")
         return replace(self, voxels=self.mask, scaling=Scaling())
 
+    def of_target(self) -> StoredVolume:
+        """The target as a volume. A record without a target is a UsageError."""
+        if self.target is None:
+            raise UsageError(f"record {self.example_id!r} has no target; build with a column of targets")
+        return replace(self, voxels=self.target, scaling=Scaling())
+
     def on_source_grid(self) -> StoredVolume:
-        """The volume and its mask on the grid of the image that the record was made of.
+        """The volume, its mask and its target on the grid of the image that the record was made of.
 
         As `beam_nifti.restore`: floats are interpolated linearly where the record was resampled, and integers
-        never. Where the record does not cover the image, voxels have the least value of their channel in the
-        record, as in padding, and the mask is 0.
+        never. Where the record does not cover the image, voxels have the least value of their channel or of
+        the target in the record, as in padding, and the mask is 0.
 
         Raises:
             DatasetError: the index does not have the grid of that image.
         """
         cells = {"source_shape": self.source_shape, "source_affine": self.source_affine}
         source = source_grid(f"record {self.example_id!r}", cells)
-        grid, voxels, mask = Grid.of(self.voxels.shape, self.affine), self.voxels, self.mask
+        grid, voxels = Grid.of(self.voxels.shape, self.affine), self.voxels
+        mask, target = self.mask, self.target
         least = voxels.min if self.scaling.slope > 0 else voxels.max
         return replace(
             self,
@@ -115,6 +125,9 @@ class StoredVolume:
             affine=source.affine,
             zooms=source.zooms,
             mask=None if mask is None else restore_voxels(mask, grid, source, 0, is_linear=False),
+            target=None
+            if target is None
+            else restore_voxels(target, grid, source, target.min(), is_linear=True),
         )
 
 
@@ -161,7 +174,10 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
         voxels = _restore(voxels, cells, spec.config)
     affine = affine_of(cells)
     x, y, z = agreed_zooms(affine, cells["zooms"]).tolist()
-    mask = decode_tensor(features[MASK_FEATURE]) if MASK_FEATURE in features else None  # type: ignore[arg-type]
+    mask, target = (
+        decode_tensor(features[name]) if name in features else None  # type: ignore[arg-type]
+        for name in (MASK_FEATURE, TARGET_FEATURE)
+    )
     shape, source_affine = cells.get("source_shape"), cells.get("source_affine")
     return StoredVolume(
         cells["example_id"],
@@ -172,6 +188,7 @@ def _read_record(path: str, cells: Mapping[str, Any], spec: RecordSpec) -> Store
         mask,
         None if shape is None else tuple(shape),
         None if source_affine is None else np.array(source_affine, np.float64).reshape(4, 4),
+        target,
     )
 
 

@@ -28,7 +28,7 @@ from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.records import Element
 from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.storage import paths as storage
-from beam_nifti.support.wording import counted, size_text
+from beam_nifti.support.wording import counted, size_text, with_beside
 from beam_nifti.volume.header import requires_frames
 from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.volume import Volume, load_frames, load_header, load_volume, rescale_volume
@@ -45,6 +45,8 @@ class PreparedVolume:
             `Dataset` and `load_dataset` return as "image". It may share memory with `volume`.
         mask: labels of shape (X, Y, Z, C), or (C, X, Y, Z) with `channels_first`, as `Dataset` returns
             them; None if no mask was given.
+        target: float32 of shape (X, Y, Z, 1), or (1, X, Y, Z) with `channels_first`; None if no target was
+            given.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
         zooms: float64 (3,), voxel sizes in millimetres.
         volume: the voxels in the dtype in which a record stores them, and with them how they were rescaled
@@ -58,6 +60,7 @@ class PreparedVolume:
     zooms: npt.NDArray[np.float64]
     volume: Volume
     channels_first: bool = False
+    target: npt.NDArray[np.float32] | None = None
 
     @property
     def space(self) -> tuple[int, ...]:
@@ -67,7 +70,7 @@ class PreparedVolume:
     def grid_patches(self, patch: Sequence[SupportsIndex], overlap: float = 0.5) -> PatchGrid:
         """Patches that cover the volume, as `Dataset.grid_patches`.
 
-        A patch is a dictionary of image, affine and zooms, and of mask if there is one.
+        A patch is a dictionary of image, affine and zooms, and of mask and target if there are any.
 
         Raises:
             UsageError: as for `Dataset.grid_patches`.
@@ -78,14 +81,14 @@ class PreparedVolume:
         """The patch in a box of voxels, for `grid_patches`."""
         config = self.volume.config or RecordConfig()
         cut = partial(cut_patch, box=box, config=config, channels_first=self.channels_first)
-        masks = {} if self.mask is None else {"mask": cut(self.mask, is_image=False)}
-        image = cut(self.image, is_image=True)
-        return {"image": image, **masks, "affine": box.place(self.affine), "zooms": self.zooms.copy()}
+        volumes = {"image": self.image, "mask": self.mask, "target": self.target}
+        patches = {name: cut(volume, name=name) for name, volume in volumes.items() if volume is not None}
+        return {**patches, "affine": box.place(self.affine), "zooms": self.zooms.copy()}
 
     def __repr__(self) -> str:
-        mask = "" if self.mask is None else ", with a mask"
+        beside = with_beside(self.mask, self.target)
         shape, zooms = size_text(self.image.shape), size_text(self.volume.zooms)
-        return f"<PreparedVolume {self.volume.row.path!r}: {shape}, {zooms} mm{mask}>"
+        return f"<PreparedVolume {self.volume.row.path!r}: {shape}, {zooms} mm{beside}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,6 +169,7 @@ class Preparation:
         image: Path | Sequence[Path],
         *,
         mask: Path | Sequence[Path] | None = None,
+        target: Path | None = None,
         frame: SupportsIndex | None = None,
     ) -> PreparedVolume:
         """Prepare and rescale an image as a build of this dataset would, equal to the last bit.
@@ -175,6 +179,7 @@ class Preparation:
                 several images.
             mask: path or URL of a label map, if the dataset has masks; a list of paths, in the order of
                 `masks`, if a record has several. It is required only where the options of the dataset use it.
+            target: path or URL of an image to predict, if the dataset has targets; for validation.
             frame: number from 0 of the frame to prepare, or of the first frame of the clip; required if each
                 frame, or each clip of frames, became a record of the dataset.
 
@@ -184,12 +189,12 @@ class Preparation:
         Raises:
             VolumeError: a file is missing or cannot be a record of this dataset: the reason for which a build
                 would list it as failed.
-            UsageError: there are too few or too many images or masks, or `mask` or `frame` is missing or
-                has no effect.
+            UsageError: there are too few or too many images or masks, or `mask` or `frame` is missing, or
+                `mask`, `target` or `frame` has no effect.
             OSError: a disk or a store failed.
         """
-        row = self._row_of(image, mask)
-        config = self._config_for(mask, frame)
+        row = self._row_of(image, mask, target)
+        config = self._config_for(mask, target, frame)
         with naming_parameters():
             shape = config.required_shape(None) if self.info.shape is None else None
             if config.splits_frames:  # of clips
@@ -222,10 +227,17 @@ class Preparation:
             np.array(volume.zooms),
             volume,
             self.channels_first,
+            None if volume.target is None else self._as_read(volume.target[..., np.newaxis]),
         )
 
-    def _config_for(self, mask: Path | Sequence[Path] | None, frame: SupportsIndex | None) -> RecordConfig:
+    def _config_for(
+        self, mask: Path | Sequence[Path] | None, target: Path | None, frame: SupportsIndex | None
+    ) -> RecordConfig:
         config = self.info.record_config
+        if target is None:
+            config = replace(config, has_target=None)
+        elif not config.has_target:
+            raise UsageError(f"target is {target}, but {self.dataset} was built without targets; drop it")
         if config.splits_frames:
             if frame is None:
                 raise UsageError(
@@ -274,10 +286,14 @@ class Preparation:
                     ) from None
             raise
 
-    def _row_of(self, image: Path | Sequence[Path], mask: Path | Sequence[Path] | None) -> VolumeRow:
+    def _row_of(
+        self, image: Path | Sequence[Path], mask: Path | Sequence[Path] | None, target: Path | None
+    ) -> VolumeRow:
         first, *others = self._paths_of("image", image, self.channels)
         if mask is not None and self.masks:
             others += self._paths_of("mask", mask, self.masks)
+        if target is not None:
+            others.append(storage.absolute(storage.path_text("target", target)))
         return VolumeRow(1, first, first, other_files=tuple(others))
 
     def _paths_of(self, what: str, given: Path | Sequence[Path], columns: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from beam_nifti.record.example import (
     MASK_FEATURE,
     RANGE_FEATURES,
     SCALING_FEATURES,
+    TARGET_FEATURE,
     Feature,
     Features,
     decode_doubles,
@@ -29,8 +30,9 @@ from beam_nifti.record.example import (
     encode_volume,
     largest_payload,
     scaling_of,
+    tensors_of,
 )
-from beam_nifti.record.index import extra_column, file_cells, scaling_in
+from beam_nifti.record.index import extra_column, file_cells, scaling_in, target_cells
 from beam_nifti.record.tfrecord import decode_record
 from beam_nifti.volume.grid import is_usable
 from beam_nifti.volume.header import COLOURS
@@ -38,6 +40,7 @@ from beam_nifti.volume.intensity import stored_range
 from beam_nifti.volume.label_map import labels_of, positions_of
 from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.rescale import Intensity, RescaleRange, float_limits
+from beam_nifti.volume.target import TARGET_DTYPE
 from beam_nifti.volume.volume import Volume, load_frames, load_volume, rescale_volume
 
 _FLOATS: Final = re.compile(r"float(?:\[(\d+)\])?")
@@ -82,8 +85,7 @@ class RecordSpec:
 
     def most_bytes(self, cells: Mapping[str, Any]) -> int:
         """The largest payload of a record with this row of the index. It bounds what is decompressed."""
-        shape, config = self.info.shape or cells["shape"], self.config
-        return largest_payload(shape, self.info.dtype, config.mask_dtype, config.num_masks)
+        return largest_payload(tensors_of(self.info.shape or cells["shape"], self.info.dtype, self.config))
 
     def unpack(self, data: bytes, cells: Mapping[str, Any]) -> bytes:
         """The serialized Example of a stored record; a ShardError if it is damaged or too large."""
@@ -131,6 +133,8 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
         yield f"the index has num_nonfinite {cells['num_nonfinite']}, which is below 0"
     if spec.config.mask_dtype is not None:
         yield from _check_mask(features, cells, voxels.shape[:3] + spec.config.mask_axes, spec.config)
+    if spec.config.has_target:
+        yield from _check_target(features, cells, voxels.shape[:3])
 
 
 def affine_of(cells: Mapping[str, Any]) -> npt.NDArray[np.float64]:
@@ -155,6 +159,21 @@ def _check_mask(
         yield f"mapped_labels of the index are {cells['mapped_labels']}, which --map-labels does not map"
     elif config.has_positions and positions_of(mask) != cells["mask_positions"]:
         yield "mask_positions of the index are not those of its mask"
+
+
+def _check_target(features: Features, cells: Mapping[str, Any], shape: tuple[int, ...]) -> Iterator[str]:
+    target = decode_tensor(features[TARGET_FEATURE])  # type: ignore[arg-type]
+    if target.shape != shape or target.dtype.name != TARGET_DTYPE:
+        found = f"shape {target.shape} of {target.dtype.name}"
+        yield f"the target has {found}, expected {shape} of {TARGET_DTYPE}"
+        return
+    ends, said = [float(target.min()), float(target.max())], [cells["target_min"], cells["target_max"]]
+    if not np.isfinite(ends).all():
+        yield "the target has voxels that are NaN or infinite"
+    elif ends != said:
+        yield f"the target ranges from {ends[0]:g} to {ends[1]:g}, but the index has {said[0]} to {said[1]}"
+    if (cells.get("target_nonfinite") or 0) < 0:
+        yield f"the index has target_nonfinite {cells['target_nonfinite']}, which is below 0"
 
 
 def _check_schema(features: Features, spec: RecordSpec) -> Iterator[str]:
@@ -323,6 +342,13 @@ def check_source(
             said, found = as_list(cells[name])[number], getattr(now, name)
             if not abs(said - found) <= far:
                 yield f"the index has {name} {said:g}, but {image} has {found:g}; {_REMAKE}"
+    for name, value in target_cells(volume.target_intensity).items():
+        largest = max(abs(cells["target_min"]), abs(cells["target_max"]))
+        if not abs(cells[name] - value) <= _STATISTICS_TOLERANCE * largest:
+            yield f"the index has {name} {cells[name]:g}, but its target has {value:g}; {_REMAKE}"
+    if (was := cells.get("target_nonfinite")) not in (None, volume.target_nonfinite):
+        is_now = volume.target_nonfinite
+        yield f"the index has target_nonfinite {was}, but its target has {is_now}; {_REMAKE}"
     if cells["dtype"] != volume.dtype:
         yield f"the index has dtype {cells['dtype']}, but its image has {volume.dtype}; {_REMAKE}"
     if config.nonfinite is not None:
@@ -372,7 +398,7 @@ def differ_in_rounding(one: Features, other: Features, names: list[str]) -> bool
 
 
 def _is_close(name: str, one: Feature, other: Feature) -> bool:
-    if name == "image_raw":
+    if name in ("image_raw", TARGET_FEATURE):
         voxels = (decode_tensor(feature) for feature in (one, other))  # type: ignore[arg-type]
         return _are_voxels_close(*voxels)
     if name in RANGE_FEATURES:

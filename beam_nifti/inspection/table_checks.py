@@ -21,7 +21,8 @@ from beam_nifti.pipeline.failures import listed_cells
 from beam_nifti.record.dataset_files import FILE_NAME
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.record.example import label_feature
-from beam_nifti.record.index import check_table, extra_column, record_name, schema_of
+from beam_nifti.record.index import extra_column, record_name, schema_of
+from beam_nifti.record.index_checks import check_table
 from beam_nifti.storage.paths import temporary_of
 from beam_nifti.support.wording import counted
 

@@ -39,8 +39,8 @@ class VolumeRow:
         extras: values of the extra columns, in the order of `Manifest.extra_columns`.
         shard: file name of its shard.
         unit: number of its work unit in the shard; WHOLE_SHARD if there is only one.
-        other_files: paths of the other images of the example, then of its masks, as in the manifest; "" for a
-            mask that is empty because there is none.
+        other_files: paths of the other images of the example, then of its masks and of its target, as in the
+            manifest; "" for a mask that is empty because there is none, and for a target that is missing.
         pseudonyms: pseudonym of each of its paths, if ids are anonymous.
         labels: name and value of each label with a feature of its own.
         num_frames: frames of the image, or clips of frames, if each becomes a record; otherwise None.
@@ -78,12 +78,12 @@ class VolumeRow:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Paths of the images, and of the masks if there are any."""
+        """Paths of the images, and of the masks and the target if there are any."""
         return (self.path, *self.other_files)
 
     @property
     def existing_files(self) -> tuple[str, ...]:
-        """Paths of the images, and of the masks that are files."""
+        """Paths of those that are given."""
         return tuple(filter(None, self.files))
 
     @property
@@ -145,7 +145,7 @@ class Manifest:
     Attributes:
         path: path of its file.
         table: every column as strings, with pseudonyms for ids and paths if ids are anonymous.
-        paths: paths of the images and masks, as in the manifest, by column.
+        paths: paths of the images, masks and targets, as in the manifest, by column.
         columns: their roles; `label` is None without labels, and has the kinds of labels with own features.
         numbers: values of the feature `label`, float64 of shape (rows,), NaN if missing; None without labels.
         labels: the labels with features of their own.

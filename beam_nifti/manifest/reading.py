@@ -67,7 +67,8 @@ def read_manifest(
     problems.stop()
     if columns.label is None and "label" in table.column_names:
         columns = dataclasses.replace(columns, label="label")
-    table, lacks_mask = _find_missing_masks(table, columns)
+    table, lacks_mask = _find_missing(table, columns.masks)
+    table, _ = _find_missing(table, () if columns.target is None else (columns.target,))  # which fails alone
     paths = {name: table[name] for name in columns.files}
     _refuse_names(table, columns, problems, may_be_long=is_list)
     people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
@@ -145,6 +146,7 @@ def _check_columns(
     for name, flag in (
         *((name, "--path-column") for name in columns.paths),
         *((name, "--mask-column") for name in columns.masks),
+        (columns.target, "--target-column"),
         *((column.name, "--label-column") for column in columns.labels),
         (columns.id, "--id-column"),
         (splitting and splitting.stratify, "--stratify"),
@@ -174,10 +176,13 @@ def _check_columns(
         )
 
 
-def _find_missing_masks(table: pa.Table, columns: Columns) -> tuple[pa.Table, npt.NDArray[np.bool_] | None]:
-    """A table whose cells without a mask are empty, and which rows lack one; None if there are no masks."""
+def _find_missing(table: pa.Table, columns: Sequence[str]) -> tuple[pa.Table, npt.NDArray[np.bool_] | None]:
+    """A table whose missing cells of columns of masks or targets are empty; and which rows have any.
+
+    The latter is None if there are no such columns.
+    """
     lacking = None
-    for name in columns.masks:
+    for name in columns:
         cells = table[name].combine_chunks()
         lacks = np.fromiter(map(is_missing, strings(cells)), np.bool_, len(cells))
         at = table.column_names.index(name)
@@ -190,10 +195,10 @@ def _refuse_names(table: pa.Table, columns: Columns, problems: Problems, *, may_
     """Refuse long ids, and paths that are empty, that no system opens, or that this process cannot spell."""
     is_limited = sys.getfilesystemencoding() != "utf-8"
     for name in columns.files:
-        what = "mask" if name in columns.masks else "image"
+        what = "mask" if name in columns.masks else "target" if name == columns.target else "image"
         for i, text in enumerate(strings(table[name])):
             if not text:
-                if what == "image" or columns.missing_mask is None:
+                if what == "image" or (what == "mask" and columns.missing_mask is None):
                     others = (
                         "" if what == "image" else problems.offer("--missing-mask", _REMEDIES_OF_MASKS, "")
                     )

@@ -27,7 +27,7 @@ from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.reading import read_manifest
 from beam_nifti.pipeline.configure import make_record_config
 from beam_nifti.pipeline.failures import Failure
-from beam_nifti.pipeline.options import Names, Numbers, Rule, StrPath
+from beam_nifti.pipeline.options import Names, Numbers, Rule, StrPath, read_switch
 from beam_nifti.pipeline.parameters import as_parameters, naming_parameters
 from beam_nifti.pipeline.records import Record
 from beam_nifti.pipeline.statistics_file import Analysis
@@ -126,6 +126,7 @@ _OF_MANIFEST: Final = {
     "mask_column": "Columns.mask",
     "missing_label": "Columns.missing_label",
     "missing_mask": "Columns.missing_mask",
+    "target_column": "Columns.target",
     "split": "splitting",
     "split_seed": "Splitting.seed",
     "stratify": "Splitting.stratify",
@@ -179,22 +180,23 @@ class LoadVolume(_Step):
         complex: how complex voxels are stored, as in `BuildOptions`; None refuses them.
         channels: names of the columns of the images that are the channels of a record, in the order of
             `Columns.path`; None for one image.
-        mask_dtype: dtype of the label maps that are each row's last files, as named by `Columns.mask`; None
-            if rows have none.
+        mask_dtype: dtype of the label maps that follow each row's images, as named by `Columns.mask`; None if
+            rows have none.
         masks: names of the columns of the label maps that are the channels of a mask, in the order of
             `Columns.mask`; None for one label map.
+        has_target: whether each row's last file is a target, as named by `Columns.target`.
         map_labels: labels of masks that become others, as in `BuildOptions`.
         nonfinite: what becomes of NaN and infinite voxels, as in `BuildOptions`; None leaves them. With
             `align`, give it here and not to `Preprocess`, because they would spread to their neighbours.
-        align: "first" brings other images and masks to the voxel grid of the first image, as in
+        align: "first" brings other images, masks and targets to the voxel grid of the first image, as in
             `BuildOptions`; None refuses other grids.
         interpolation: how values between voxel centres are computed for that, as in `BuildOptions`.
         mask_interpolation: how labels between voxel centres are chosen for that, as in `BuildOptions`.
         antialias: whether images are smoothed for that, as in `BuildOptions`.
 
     Raises:
-        UsageError: an argument is invalid. While the pipeline runs: the rows have other images, or a mask
-            where none is read, or the other way round.
+        UsageError: an argument is invalid. While the pipeline runs: the rows have other images, or a mask or
+            a target where none is read, or the other way round.
     """
 
     _takes, _gives = VolumeRow, Volume
@@ -207,6 +209,7 @@ class LoadVolume(_Step):
         channels: Names | None = None,
         mask_dtype: str | None = None,
         masks: Names | None = None,
+        has_target: bool = False,
         map_labels: StrPath | Mapping[Any, SupportsIndex] | None = None,
         nonfinite: Rule | None = None,
         align: str | None = None,
@@ -230,6 +233,7 @@ class LoadVolume(_Step):
         }
         with naming_parameters(path_column="channels", mask_column="masks"):
             config = make_record_config(given)
+        config = replace(config, has_target=True if read_switch("has_target", has_target) else None)
         if config.map_labels is not None and config.mask_dtype is None:
             raise UsageError("map_labels maps labels of masks; give mask_dtype too, or drop it")
         if masks is not None and config.mask_dtype is None:

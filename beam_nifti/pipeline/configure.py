@@ -32,7 +32,7 @@ from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted
 from beam_nifti.volume.user_function import source_sha256
 
-DERIVED: Final = frozenset({"fingerprint", "channels", "masks"})
+DERIVED: Final = frozenset({"fingerprint", "channels", "masks", "has_target"})
 """Fields of a configuration that follow from others."""
 
 NOT_GIVEN: Final = "not given"
@@ -59,7 +59,7 @@ _NEEDS: Final[Sequence[tuple[str, Set[str]]]] = (
     ("map_labels", {"mask_column"}),
     ("missing_mask", {"mask_column"}),
     ("max_frames", {"frames"}),
-    ("align", {"mask_column", "path_column"}),
+    ("align", {"mask_column", "path_column", "target_column"}),
     ("split_seed", {"split"}),
     ("stratify", {"split"}),
     *((name, set(needed)) for name, needed in RESAMPLING_DETAILS.items()),
@@ -243,7 +243,7 @@ def content_options(config: Mapping[str, Any]) -> dict[str, Any]:
     given = {**asdict(RecordConfig()), **config}
     columns = {**asdict(Columns()), **given.pop("columns")}
     splitting, sharding = given.pop("splitting", None) or {}, given.pop("sharding") or {}
-    given |= {f"{name}_column": columns[name] for name in ("path", "label", "id", "mask")}
+    given |= {f"{name}_column": columns[name] for name in ("path", "label", "id", "mask", "target")}
     given |= {name: columns[name] for name in ("missing_label", "missing_mask")}
     given |= {"split": splitting.get("shares")}
     given |= {"split_seed": splitting.get("seed"), "stratify": splitting.get("stratify"), **sharding}

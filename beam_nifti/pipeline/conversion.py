@@ -34,7 +34,8 @@ from beam_nifti.pipeline.saved_plan import SAVED_FILES, SavedPlan, SavedWrite
 from beam_nifti.record.dataset_files import FAILURES_FILE, FILE_NAME, read_content, read_failures_list
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo, SplitInfo
 from beam_nifti.record.example import MASK_FEATURE, decode_example, decode_tensor, scaling_of
-from beam_nifti.record.index import Limits, check_members, read_bytes, scaling_cells, schema_of, write_index
+from beam_nifti.record.index import Limits, read_bytes, scaling_cells, schema_of, write_index
+from beam_nifti.record.index_checks import check_members
 from beam_nifti.record.shard_index import read_sound_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.tfrecord import EMPTY_MEMBER

@@ -282,7 +282,7 @@ def _makes_same_records(was: DatasetInfo, now: DatasetInfo) -> bool:
     one, other = (
         (
             *(info.config["fingerprint"], image_folder(info), info.num_frames),
-            *(info.config["columns"][name] for name in ("path", "mask")),
+            *(info.config["columns"].get(name) for name in ("path", "mask", "target")),
         )
         for info in (was, now)
     )

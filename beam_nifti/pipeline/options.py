@@ -67,6 +67,9 @@ class BuildOptions(TypedDict, total=False):
         path_column: column of image paths; several columns are the channels of one record. Default: "path".
         mask_column: column of paths of label maps, on the voxel grid of the images unless `align` is given;
             several columns are the channels of one mask. Default: no masks.
+        target_column: column of paths of images of real values to predict, on the voxel grid of the images
+            unless `align` is given. They are prepared like the images, and stored as float32 without
+            rescaling. Default: no targets.
         label_column: NAME, or NAME:KIND with the kind float, class or string; each of several becomes a
             feature of its own. Default: the column "label", if there is one.
         missing_label: rows without a label: "nan" stores NaN, "skip" skips them. Default: an error.
@@ -110,8 +113,8 @@ class BuildOptions(TypedDict, total=False):
             Default: none.
         orientation: code of the orientation that axes are reordered and flipped to, such as "RAS". Default:
             "native", which changes nothing.
-        align: "first" resamples the other images of an example, and its mask, to the voxel grid of its first
-            image. Default: "never", so that other grids are refused.
+        align: "first" resamples the other images of an example, its mask and its target to the voxel grid of
+            its first image. Default: "never", so that other grids are refused.
         reference: image whose voxel grid all volumes are resampled to, as a path or URL; or its grid,
             {"shape": (x, y, z), "affine": 16 numbers}. Default: no resampling.
         spacing: voxel size in mm that volumes are resampled to: (x, y, z), or one number for all three.
@@ -140,6 +143,7 @@ class BuildOptions(TypedDict, total=False):
 
     path_column: Names | None
     mask_column: Names | None
+    target_column: str | None
     label_column: Names | None
     missing_label: str | None
     missing_mask: str | None
@@ -516,6 +520,7 @@ def _read_step(step: Any) -> str:
 OPTIONS: Final[Mapping[str, Option]] = {
     "path_column": Option(_read_names, metavar="NAME"),
     "mask_column": Option(_read_names, metavar="NAME"),
+    "target_column": Option(_read_text, metavar="NAME"),
     "label_column": Option(_read_names, metavar="NAME[:KIND],…"),
     "missing_label": _one_of(MISSING_LABELS),
     "missing_mask": _one_of(MISSING_MASKS),

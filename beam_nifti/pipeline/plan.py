@@ -418,6 +418,8 @@ def record_bytes(num_voxels: int, source_itemsize: int, record: RecordConfig) ->
             else _ASSUMED_BYTES.get(source_itemsize, _ASSUMED_BYTES_WIDE)
         )
         each = min(each, packed * _ASSUMED_SHARE.get(record.voxel_dtype, 1.0))
+    if record.has_target:
+        each += _ASSUMED_BYTES_WIDE if record.compression == "gzip" else 4
     return num_voxels * each + _RECORD_OVERHEAD
 
 

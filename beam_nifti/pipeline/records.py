@@ -16,6 +16,7 @@ from beam_nifti.record.example import (
     MASK_FEATURE,
     RANGE_FEATURES,
     SCALING_FEATURES,
+    TARGET_FEATURE,
     TENSOR_DTYPES,
     ExamplePieces,
     FeatureValue,
@@ -26,13 +27,17 @@ from beam_nifti.record.example import (
     require_readable,
     scaling_of,
 )
-from beam_nifti.record.index import IndexEntry, entry_cells, scaling_cells
+from beam_nifti.record.index import IndexEntry, entry_cells, scaling_cells, target_cells
 from beam_nifti.volume.grid import is_usable
 from beam_nifti.volume.header import COLOURS
 from beam_nifti.volume.label_map import labels_of, positions_of
+from beam_nifti.volume.rescale import NO_SCALING, measure
+from beam_nifti.volume.target import TARGET_DTYPE
 
 _IMAGE: Final = "image_raw"
-_TENSORS: Final = {"image": _IMAGE, "mask": MASK_FEATURE}
+_TENSORS: Final = {"image": _IMAGE, "mask": MASK_FEATURE, "target": TARGET_FEATURE}
+_TENSOR_DTYPES: Final = {"mask": MASK_DTYPES, "target": (TARGET_DTYPE,)}
+_SPACE_AXES: Final = 3
 _AXES: Final = (3, 4)
 
 _PLACE: Final = {"affine": 16, "zooms": 3}
@@ -142,7 +147,8 @@ def to_record(element: Any) -> Record:
     Args:
         element: a Record; or an id with a tf.train.Example, its bytes, or a dictionary of features by name:
             arrays, numbers, texts, bytes. "image" and "mask" are arrays of voxels, in C order (X, Y, Z) or
-            (X, Y, Z, C), which become the tensors `image_raw` and `mask_raw`.
+            (X, Y, Z, C), which become the tensors `image_raw` and `mask_raw`. So is "target", as float32, if
+            it has several axes.
 
     Raises:
         VolumeError: the element is none of these.
@@ -183,7 +189,8 @@ def _features(example_id: str, content: Mapping[Any, Any]) -> dict[str, FeatureV
     """The features of a dictionary."""
     features: dict[str, FeatureValue] = {}
     for key, value in content.items():
-        name = _TENSORS.get(key, str(key))
+        is_tensor = key in _TENSORS and (key != "target" or np.ndim(value) > 1)
+        name = _TENSORS[key] if is_tensor else str(key)
         if name in features:
             raise VolumeError(f"the feature {name} is given twice; drop one")
         if name in _DOUBLES:
@@ -191,7 +198,7 @@ def _features(example_id: str, content: Mapping[Any, Any]) -> dict[str, FeatureV
         if isinstance(value, np.ma.MaskedArray):
             raise VolumeError(f"{key} is a masked array; fill it, such as with {key}.filled(0)")
         try:
-            features[name] = _tensor_of(key, value) if key in _TENSORS else _feature(name, value)
+            features[name] = _tensor_of(key, value) if is_tensor else _feature(name, value)
         except ValueError as e:  # a list of lists of several lengths, a text that is no Unicode
             raise VolumeError(f"{key} cannot be stored: {e}") from e
     return {"id": example_id.encode(), **features}
@@ -199,7 +206,7 @@ def _features(example_id: str, content: Mapping[Any, Any]) -> dict[str, FeatureV
 
 def _tensor_of(name: str, value: Any) -> FeatureValue:
     voxels = np.ascontiguousarray(value)
-    expected = MASK_DTYPES if name == "mask" else TENSOR_DTYPES
+    expected = _TENSOR_DTYPES.get(name, TENSOR_DTYPES)
     if voxels.dtype.name not in expected:
         raise VolumeError(
             f"{name} is {voxels.dtype}, expected one of {', '.join(expected)}; convert it with astype"
@@ -279,14 +286,9 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
         raise VolumeError(
             f"its feature label is {kinds['label']}, expected one float; use another name for other values"
         )
-    mask = _tensor(features, MASK_FEATURE) if MASK_FEATURE in features else None
-    mask_shape = voxels.shape[:3] + (record.config.mask_axes if record.config else ())
-    if mask is not None and (mask.shape != mask_shape or mask.dtype.name not in MASK_DTYPES):
-        raise VolumeError(
-            f"its mask is {mask.dtype.name} of {mask.shape}, expected {' or '.join(MASK_DTYPES)} of "
-            f"{mask_shape}"
-        )
-    require_readable(len(record.example), voxels, mask)
+    space, mask_axes = voxels.shape[:_SPACE_AXES], record.config.mask_axes if record.config else ()
+    mask, target = _beside(features, "mask", space + mask_axes), _beside(features, "target", space)
+    require_readable(len(record.example), (voxels, mask, target))
     label = features.get("label")
     number = None if label is None or np.isnan(label[0]) else float(label[0])
     if number is not None and np.isinf(number):
@@ -301,13 +303,17 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
         entry = replace(record.entry, row=named)
         cells = entry_cells(entry, record.config or RecordConfig(), row.extra_columns)
         cells["example_id"] = record.id
-    config = record.config or _config_of(voxels, mask)
+    config = record.config or _config_of(voxels, mask, target)
+    if (target is None) == bool(config.has_target):  # another step has added it, or dropped it
+        config = replace(config, has_target=None if target is None else True)
     found_labels = None if record.entry is None else record.entry.mask_labels
     labels = frozenset(labels_of(mask) if mask is not None and found_labels is None else found_labels or ())
     if mask is not None:
         cells["mask_labels"] = sorted(labels)
         known_positions = record.entry and record.entry.mask_positions
         cells["mask_positions"] = positions_of(mask) if known_positions is None else known_positions
+    if target is not None and (record.entry is None or record.entry.target_intensity is None):
+        cells |= target_cells(measure(target, NO_SCALING, "replace them"))
     traits = Traits(
         id=record.id,
         config=config,
@@ -320,6 +326,18 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
         num_axes=voxels.ndim if record.config is None else None,
     )
     return traits, cells
+
+
+def _beside(features: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
+    """The mask or the target of an Example; None if it has none."""
+    if (feature := _TENSORS[name]) not in features:
+        return None
+    tensor, dtypes = _tensor(features, feature), _TENSOR_DTYPES[name]
+    if tensor.shape != shape or tensor.dtype.name not in dtypes:
+        raise VolumeError(
+            f"its {name} is {tensor.dtype.name} of {tensor.shape}, expected {' or '.join(dtypes)} of {shape}"
+        )
+    return tensor
 
 
 def _require_meaning(features: Mapping[str, Any], kinds: Mapping[str, str], voxels: npt.NDArray[Any]) -> None:
@@ -347,7 +365,7 @@ def _require_meaning(features: Mapping[str, Any], kinds: Mapping[str, str], voxe
                 f"its feature {name} is reserved for {_DOUBLE_BYTES} bytes, a float64; use another name"
             )
     scaling = [name for name in SCALING_FEATURES if name in features]
-    if scaling and (len(scaling) == 1 or _config_of(voxels, None).voxel_dtype != "native"):
+    if scaling and (len(scaling) == 1 or _config_of(voxels).voxel_dtype != "native"):
         raise VolumeError(
             f"its feature {scaling[0]} scales voxels that are stored as in a file, so it requires "
             f"{' and '.join(SCALING_FEATURES)}, and integers or float64; apply the scaling, and drop it"
@@ -465,7 +483,9 @@ def _cells_of(
     return cells
 
 
-def _config_of(voxels: npt.NDArray[Any], mask: npt.NDArray[Any] | None) -> RecordConfig:
+def _config_of(
+    voxels: npt.NDArray[Any], mask: npt.NDArray[Any] | None = None, target: npt.NDArray[Any] | None = None
+) -> RecordConfig:
     """A configuration with which readers return voxels unchanged, for records that other steps made."""
     is_float = voxels.dtype.name in ("float32", "float16", "bfloat16")
     return RecordConfig(
@@ -473,4 +493,5 @@ def _config_of(voxels: npt.NDArray[Any], mask: npt.NDArray[Any] | None) -> Recor
         voxel_dtype=voxels.dtype.name if is_float else "native",
         frames="all" if voxels.ndim == max(_AXES) else None,
         mask_dtype=None if mask is None else mask.dtype.name,
+        has_target=None if target is None else True,
     )

@@ -70,7 +70,7 @@ def _require_same_folder(output: str, info: DatasetInfo, manifest: Manifest) -> 
         return
     columns = [manifest.paths[name] for name in manifest.columns.files]
     are_absolute = all(
-        storage.is_remote(path) or path.startswith("/")
+        not path or storage.is_remote(path) or path.startswith("/")
         for column in columns
         for path in pc.unique(column).to_pylist()
     )

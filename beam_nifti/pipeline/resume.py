@@ -34,13 +34,12 @@ from beam_nifti.pipeline.saved_plan import SavedPlan, SavedWrite
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.record.index import (
     Limits,
-    check_members,
-    check_table,
     file_cells,
     read_index,
     row_cells,
     schema_of,
 )
+from beam_nifti.record.index_checks import check_members, check_table
 from beam_nifti.record.shard_index import read_sound_index
 from beam_nifti.record.sharding import ShardName
 from beam_nifti.record.versions import is_written_here, versions_in

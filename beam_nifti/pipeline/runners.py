@@ -200,8 +200,10 @@ def _master_problems(known: argparse.Namespace, given: set[str], _: BuildConfig)
     flag, why, example = _MASTERS[runner_name(known.runner)]
     if not given & {flag, "job_endpoint"}:
         yield _missing(flag, why, example)
-    yield from _job_server_problems(known)
-    if known.job_endpoint or not _THIS_MACHINE.fullmatch(getattr(known, flag)):
+    is_here = not known.job_endpoint and _THIS_MACHINE.fullmatch(getattr(known, flag))
+    if is_here or not (known.flink_submit_uber_jar or known.spark_submit_uber_jar):
+        yield from _job_server_problems(known)
+    if not is_here:
         yield from _environment_problems(known)
 
 
@@ -216,7 +218,8 @@ def _job_server_problems(known: argparse.Namespace) -> Iterator[str]:
     if not known.job_endpoint and shutil.which(java) is None:
         yield (
             f"{java} is not on PATH: Beam starts its job server with it; install Java 11 or newer, name it "
-            "with --job_server_java_launcher, or give the address of a running job server with --job_endpoint"
+            "with --job_server_java_launcher, give the address of a running job server with --job_endpoint, "
+            "or submit without one, with --flink_submit_uber_jar or --spark_submit_uber_jar"
         )
 
 

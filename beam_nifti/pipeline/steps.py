@@ -158,26 +158,31 @@ def _require_columns(row: VolumeRow, config: RecordConfig) -> None:
     """Refuse a row with other files than the step reads: it would drop some, or take a mask for an image."""
     if row.columns is not None:
         _require_same_columns(row.path, row.columns, config)
-    num_read = config.num_channels + config.num_masks
+    num_read = config.num_files
     if len(row.files) != num_read:
         raise UsageError(
             f"{row.path}: the row has {counted(len(row.files), 'file')}, but LoadVolume reads {num_read}; "
-            "give it the channels, mask_dtype and masks of the row"
+            "give it the channels, mask_dtype, masks and has_target of the row"
         )
 
 
 def _require_same_columns(path: str, columns: Columns, config: RecordConfig) -> None:
     channels, masks = (names if len(names) > 1 else None for names in (columns.paths, columns.masks))
-    if (channels, masks, len(columns.masks)) == (config.channels, config.masks, config.num_masks):
+    has_target, expected = columns.target is not None, (config.channels, config.masks, config.num_masks)
+    if (channels, masks, len(columns.masks), has_target) == (*expected, bool(config.has_target)):
         return
-    dtype = (config.mask_dtype or MASK_DTYPES[0]) if columns.masks else None
-    given = {"channels": channels, "mask_dtype": dtype, "masks": masks}
+    given: dict[str, object] = {
+        "channels": channels,
+        "mask_dtype": (config.mask_dtype or MASK_DTYPES[0]) if columns.masks else None,
+        "masks": masks,
+        "has_target": has_target or None,
+    }
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
     named = [*map(repr, columns.paths), *(f"{name!r} (mask)" for name in columns.masks)]
-    read = [
-        *(map(repr, config.channels) if config.channels else ["one image"]),
-        *((f"{name!r} (mask)" for name in config.masks) if config.masks else ["a mask"] * config.num_masks),
-    ]
+    named += [f"{columns.target!r} (target)"] * has_target
+    read = [*map(repr, config.channels)] if config.channels else ["one image"]
+    read += [f"{name!r} (mask)" for name in config.masks] if config.masks else ["a mask"] * config.num_masks
+    read += ["a target"] * bool(config.has_target)
     raise UsageError(
         f"{path}: ReadManifest names the columns {', '.join(named)}, but LoadVolume reads {', '.join(read)}; "
         f"use LoadVolume({arguments}), or give ReadManifest other columns"

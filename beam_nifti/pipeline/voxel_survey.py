@@ -247,9 +247,10 @@ def _measure(volume: Volume, record: RecordConfig, shape: tuple[int | None, ...]
         for name, voxels in zip(names, images_of(volume, record), strict=True)
         if voxels.min() == voxels.max()
     ]
-    if num_nonfinite := sum(volume.num_nonfinite):
+    if num_nonfinite := sum(volume.num_nonfinite) + volume.target_nonfinite:
         findings.append(Finding("nonfinite", row.row, row.example_id, counted(num_nonfinite, "voxel")))
-    labels = tuple(sorted(cohort.labels)) if any(row.files[record.num_channels :]) else None
+    masks = row.files[record.num_channels : record.num_channels + record.num_masks]
+    labels = tuple(sorted(cohort.labels)) if any(masks) else None
     notes, shape_of_record = volume.notes, volume.voxels.shape
     if not record.is_of_cohort or record.rescale_stats is not None:
         notes = rescale_volume(volume, record).notes

@@ -149,6 +149,7 @@ class WritePlan:
             path=",".join(config.channels or ("path",)),
             label="label" if traits.labelled else None,
             mask=",".join(config.masks or ("mask",)) if config.mask_dtype else None,
+            target="target" if config.has_target else None,
         )
         build = BuildConfig(
             "",

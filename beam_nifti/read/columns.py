@@ -215,9 +215,8 @@ def _describe(
     space: Sequence[int | None],
 ) -> Column:
     if TENSOR_FEATURES.get(name) in info.features:
-        dtype, channels = (
-            (tf.float32, num_channels) if name == "image" else (tf.int32, info.record_config.num_masks)
-        )
+        dtype = tf.int32 if name == "mask" else tf.float32
+        channels = {"image": num_channels, "mask": info.record_config.num_masks}.get(name, 1)
         return Column(name, dtype, (channels, *space) if channels_first else (*space, channels))
     if name in _OF_RECORDS:
         return _OF_RECORDS[name]

@@ -1,4 +1,4 @@
-"""Decode a record with numpy: its voxels as float32, its mask, and its other features.
+"""Decode a record with numpy: its voxels as float32, its mask, its target, and its other features.
 
 Source: docs/format.md, "Intensity".
 """
@@ -19,6 +19,7 @@ from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import (
     MASK_FEATURE,
     SCALING_FEATURES,
+    TARGET_FEATURE,
     Features,
     decode_doubles,
     decode_tensor,
@@ -27,6 +28,7 @@ from beam_nifti.record.example import (
 )
 from beam_nifti.volume.intensity import rescale_voxels
 from beam_nifti.volume.rescale import UINT8_LEVELS, Intensity, RescaleRange, Scaling, Voxels
+from beam_nifti.volume.target import TARGET_DTYPE
 
 
 def decode_image(features: Features, shape: tuple[int, ...], info: DatasetInfo) -> npt.NDArray[np.float32]:
@@ -100,10 +102,26 @@ def decode_mask(features: Features, shape: tuple[int, ...], info: DatasetInfo) -
     Raises:
         ShardError: they do not match `shape` and `info`.
     """
-    tensor, config = _tensor(features, MASK_FEATURE), info.record_config
-    if tensor.dtype.name != config.mask_dtype or tensor.shape != shape[:3] + config.mask_axes:
-        raise ShardError(f"its {MASK_FEATURE} is {tensor.dtype.name} of {tensor.shape}")
-    return tensor if config.mask_axes else tensor[..., np.newaxis]
+    config = info.record_config
+    return _plain_tensor(features, MASK_FEATURE, config.mask_dtype, shape[:3] + config.mask_axes)
+
+
+def decode_target(features: Features, shape: tuple[int, ...], info: DatasetInfo) -> npt.NDArray[Any]:
+    """The values of a record's target, float32 of shape (X, Y, Z, 1).
+
+    Raises:
+        ShardError: they do not match `shape` and `info`.
+    """
+    return _plain_tensor(features, TARGET_FEATURE, TARGET_DTYPE, shape[:3])
+
+
+def _plain_tensor(
+    features: Features, name: str, dtype: str | None, shape: tuple[int, ...]
+) -> npt.NDArray[Any]:
+    tensor = _tensor(features, name)
+    if tensor.dtype.name != dtype or tensor.shape != shape:
+        raise ShardError(f"its {name} is {tensor.dtype.name} of {tensor.shape}")
+    return tensor if tensor.ndim == 4 else tensor[..., np.newaxis]
 
 
 def decode_feature(features: Features, name: str, info: DatasetInfo) -> Any:

@@ -15,11 +15,11 @@ from beam_nifti.read.sequential import finish, move_channels, read_records
 from beam_nifti.record.example import decode_example, decode_tensor
 from beam_nifti.record.tfrecord import HEADER_BYTES, is_record_header
 
-LAYOUTS: Final = ("plain", "nobrainer")
+LAYOUTS: Final = ("plain", "nobrainer", "medicai")
 
 _GZIP: Final = b"\x1f\x8b"
-_MARKS: Final = {"plain": "image_raw", "nobrainer": "feature/value"}
-"""A feature that every record of this layout has, and no record of the other layout."""
+_MARKS: Final = {"plain": "image_raw", "nobrainer": "feature/value", "medicai": "label_raw"}
+"""A feature that every record of this layout has."""
 
 _Features = Mapping[str, Any]
 
@@ -56,10 +56,10 @@ def read_files(
     if _MARKS[layout] not in first:
         raise DatasetError(
             f"{path}: its first record has {', '.join(sorted(first))}, but not {_MARKS[layout]}, which "
-            f"layout={layout!r} requires; choose the layout that the files have: {' or '.join(LAYOUTS)}"
+            f"layout={layout!r} requires; choose the layout that the files have: {', '.join(LAYOUTS)}"
         )
     try:
-        cells = _describe_plain(first) if layout == "plain" else _describe_nobrainer(first)
+        cells = _DESCRIBE[layout](first)
     except (KeyError, TypeError, ValueError, ShardError) as e:
         raise DatasetError(f"{path}: its first record is not of layout={layout!r} ({e!r})") from e
     varies = batching.pad or batching.ragged
@@ -145,3 +145,36 @@ def _describe_array(name: str, first: _Features) -> _Cell:
 
     kinds = {f"{name}/value": tf.string, **dict.fromkeys(dims, tf.int64)}
     return _Cell({key: tf.io.FixedLenFeature([], kind) for key, kind in kinds.items()}, parse, shape)
+
+
+def _describe_medicai(first: _Features) -> list[_Cell]:
+    """The cells of "medicai": images `NAME_raw` as channels, in the order of their names, and `label_raw`."""
+    names = sorted(
+        name.removesuffix("_raw") for name in first if name.endswith("_raw") and name != "label_raw"
+    )
+    images = [_describe_raw(name, first) for name in names]
+    if len(shapes := {image.shape for image in images}) != 1:
+        raise ValueError(f"the images {', '.join(names) or '(none)'} have the shapes {sorted(shapes)}")
+    features = {key: kind for image in images for key, kind in image.features.items()}
+    shape = (*images[0].shape, len(images))
+    image = _Cell(features, lambda found: tf.stack([cell.parse(found) for cell in images], axis=-1), shape)
+    return [image, _describe_raw("label", first)]
+
+
+def _describe_raw(name: str, first: _Features) -> _Cell:
+    """One volume: `NAME_raw` has its float32 voxels in C order, `NAME_shape` its three axes."""
+    raw, shape = first[f"{name}_raw"], tuple(map(int, first[f"{name}_shape"]))
+    if len(shape) != 3 or len(raw) != np.prod(shape, dtype=int) * 4:
+        raise ValueError(f"{name}_raw has {len(raw)} bytes for {shape} of float32")
+    features = {
+        f"{name}_raw": tf.io.FixedLenFeature([], tf.string),
+        f"{name}_shape": tf.io.FixedLenFeature([3], tf.int64),
+    }
+
+    def parse(found: _Features) -> tf.Tensor:
+        return tf.reshape(tf.io.decode_raw(found[f"{name}_raw"], tf.float32), found[f"{name}_shape"])
+
+    return _Cell(features, parse, shape)
+
+
+_DESCRIBE: Final = {"plain": _describe_plain, "nobrainer": _describe_nobrainer, "medicai": _describe_medicai}

@@ -17,12 +17,13 @@ from beam_nifti.errors import ShardError, UsageError
 from beam_nifti.read.decoding import require_channels, restore_image
 from beam_nifti.read.opening import for_each
 from beam_nifti.read.records import Element, Records, scratch
-from beam_nifti.record.dataset_info import DatasetInfo
 from beam_nifti.record.example import (
     Features,
+    Tensors,
     decode_example,
     decode_tensor,
     largest_payload,
+    tensors_of,
 )
 from beam_nifti.record.index import scaling_in
 from beam_nifti.record.tfrecord import (
@@ -223,7 +224,7 @@ def read_patch(records: Records, row: int, box: Box) -> Element:
         element = records.read(row)
         config = records.opened.info.record_config
         cut = partial(cut_patch, box=box, config=config, channels_first=records.channels_first)
-        patches = {name: cut(element[name], is_image=name == "image") for name in names}
+        patches = {name: cut(element[name], name=name) for name in names}
     elif records.channels_first:
         patches = {name: np.ascontiguousarray(np.moveaxis(p, -1, 0)) for name, p in patches.items()}
     if "affine" in element:
@@ -231,17 +232,16 @@ def read_patch(records: Records, row: int, box: Box) -> Element:
     return {name: patches[name] if name in patches else element[name] for name in records.columns}
 
 
-def cut_patch(
-    volume: Array, box: Box, config: RecordConfig, *, is_image: bool, channels_first: bool
-) -> Array:
-    """A patch of a volume that is in memory, in C order: an image, or otherwise a mask."""
+def cut_patch(volume: Array, box: Box, config: RecordConfig, *, name: str, channels_first: bool) -> Array:
+    """A patch of a volume that is in memory, in C order: an "image", a "mask" or a "target"."""
     if channels_first:
         volume = np.moveaxis(volume, 0, -1)
     inside = box.inside(volume.shape)
-    if is_image:
-        padding = np.fmin.reduce(volume, axis=None if config.channels is None else (0, 1, 2))
-    else:
+    if name == "mask":
         padding = np.zeros(1, volume.dtype)
+    else:
+        is_of_all = config.channels is None or name == "target"
+        padding = np.fmin.reduce(volume, axis=None if is_of_all else (0, 1, 2))
     patch = box.pad(volume[inside], inside, padding)
     return np.ascontiguousarray(np.moveaxis(patch, -1, 0)) if channels_first else patch
 
@@ -254,9 +254,8 @@ def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> d
     config, is_compressed = info.record_config, info.record_config.compression == "gzip"
     with records.reading(row) as (path, shape):
         require_channels(shape, config)
-        found, count = tiles_of(
-            shape, info.dtype, config.mask_dtype, config.mask_axes, compressed=is_compressed
-        )
+        tensors = tensors_of(shape, info.dtype, config)
+        found, count = tiles_of(tensors, compressed=is_compressed)
         cells = {name: table[name][row].as_py() for name in table.column_names if name != "member_lengths"}
         facts, lengths = _Facts.of(cells, config), table["member_lengths"][row].values.to_numpy()
         is_cut = len(lengths) > 1 and all(f"{name}_raw" in found for name in names)
@@ -264,19 +263,21 @@ def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> d
             return None
         if len(lengths) != count:
             raise ShardError(f"the index gives it {len(lengths)} members, expected {count}")
-        most = largest_payload(shape, info.dtype, config.mask_dtype, config.num_masks)
-        require_stored_size(cells["length"], most)
+        require_stored_size(cells["length"], largest_payload(tensors))
         starts = np.cumsum(lengths, dtype=np.int64) - lengths + records.places[0][row]
         if not records.agreed[row]:
-            features = _read_beside(path, found, starts, lengths, shape, info)
+            features = _read_beside(path, found, starts, lengths, tensors, config.compression)
             records.require_agreement(row, features, cells)
             facts.require_possible(config, numpy_dtype(info.dtype))
             records.agreed[row] = True
         least = facts.padding(config)
+        if "target" in names and cells["target_min"] is None:
+            raise ShardError("the index has no target_min")
+        dtypes = {feature: numpy_dtype(dtype).newbyteorder("<") for feature, _, dtype in tensors}
         patches = {}
         for name in names:
             number, tiles = found[f"{name}_raw"]
-            dtype = numpy_dtype(info.dtype if name == "image" else str(config.mask_dtype)).newbyteorder("<")
+            dtype = dtypes[f"{name}_raw"]
             inside = box.inside(shape)
             part = np.empty([*(s.stop - s.start for s in inside), *tiles.shape[_SPACE:]], dtype)
             if part.size:
@@ -286,7 +287,9 @@ def _from_tiles(records: Records, row: int, names: Sequence[str], box: Box) -> d
                 part = restore_image(part, config, facts.scaling, facts.ends, facts.ranges)
             elif part.ndim == _SPACE:
                 part = part[..., np.newaxis]
-            patches[name] = box.pad(part, inside, least if name == "image" else np.zeros(1, part.dtype))
+            paddings = {"image": least, "target": np.array([cells.get("target_min")], np.float64)}
+            padding = paddings.get(name, np.zeros(1)).astype(part.dtype)
+            patches[name] = box.pad(part, inside, padding)
     return patches
 
 
@@ -295,8 +298,8 @@ def _read_beside(
     found: Mapping[str, tuple[int, Tiles]],
     starts: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.uint32],
-    shape: tuple[int, ...],
-    info: DatasetInfo,
+    tensors: Tensors,
+    compression: str,
 ) -> Features:
     """The features of a record, read without the tensors that are cut, whose voxels are then 0.
 
@@ -305,32 +308,31 @@ def _read_beside(
         found: tiles of the record, as `tiles_of` gives them.
         starts: offset in the shard of each member.
         lengths: bytes of each member.
-        shape: shape of the voxels, according to the index.
-        info: dataset_info.json.
+        tensors: the record's, as of `tensors_of`, according to the index.
+        compression: as of `RecordConfig`.
 
     Raises:
         ShardError, EOFError: the record is damaged, or its tensors differ from the index.
         OSError: the file cannot be reached.
     """
-    config = info.record_config
-    most = largest_payload(shape, info.dtype, config.mask_dtype, config.num_masks)
+    most = largest_payload(tensors)
 
     def read_member(number: int) -> bytearray | memoryview:
         size = int(lengths[number])
         require_stored_size(size, most)
         piece = make_buffer(size)
         storage.read_ranges(path, [(int(starts[number]), size)], piece)
-        return inflate_one(piece, most=most) if config.compression == "gzip" else piece
+        return inflate_one(piece, most=most) if compression == "gzip" else piece
 
     numbers = [0, *(first + tiles.count for first, tiles in found.values())]
     pieces = for_each(read_member, numbers, together=storage.is_remote(path))
-    places, total, tensors = list[int](), 0, dict[str, int]()
+    places, total, starts_of = list[int](), 0, dict[str, int]()
     for number, piece in zip(numbers, pieces, strict=True):
         places.append(total)
         total += len(piece)
         for name, (first, tiles) in found.items():
             if first == number + 1:
-                tensors[name] = total
+                starts_of[name] = total
                 total += math.prod(tiles.shape) * tiles.itemsize
     if total > most + HEADER_BYTES + FOOTER_BYTES:
         raise ShardError(f"its members hold {total:,} bytes, but the record has at most {most:,}")
@@ -338,15 +340,15 @@ def _read_beside(
     for at, piece in zip(places, pieces, strict=True):
         framed[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
     features = decode_example(payload_of(framed.data))
-    for name, at in tensors.items():
+    for name, shape, dtype in tensors:
+        if name not in starts_of:
+            continue
         tensor = decode_tensor(features.get(name, b""))  # type: ignore[arg-type]
-        dtype = info.dtype if name == "image_raw" else config.mask_dtype
-        if (tensor.shape, tensor.dtype.name) != (found[name][1].shape, dtype):
+        if (tensor.shape, tensor.dtype.name) != (shape, dtype):
             raise ShardError(
-                f"its {name} holds {tensor.dtype.name} of {tensor.shape}, expected {dtype} of "
-                f"{found[name][1].shape}"
+                f"its {name} holds {tensor.dtype.name} of {tensor.shape}, expected {dtype} of {shape}"
             )
-        if tensor.ctypes.data - framed.ctypes.data != at:
+        if tensor.ctypes.data - framed.ctypes.data != starts_of[name]:
             raise ShardError(f"its {name} is not in the members that the index gives")
     return features
 

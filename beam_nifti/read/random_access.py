@@ -44,14 +44,15 @@ class Dataset:
     - "image": float32 of shape (X, Y, Z, 1), or (X, Y, Z, C) if records have C frames, components or images,
       in C order; the same bits as from `beam_nifti.reader.load_dataset`.
     - "mask": shape (X, Y, Z, 1), in its stored dtype.
+    - "target": float32 of shape (X, Y, Z, 1), in the units of its file.
     - "label": float32, as in the record; refused if the dataset has no labels. If the first label is a
       string, "label/NAME" replaces it.
     - "id": str.
     - "affine": float64 of shape (4, 4), from voxel indices to millimetres in RAS+.
     - "zooms": float64 of shape (3,), the voxel sizes in millimetres.
     - every other column of the index, such as "site", "shape" or "max": str, int, float, None, or an array
-      if a cell has several numbers. Extra columns of the manifest that are called "id", "image" or "mask"
-      are renamed to "manifest_id" and so on.
+      if a cell has several numbers. Extra columns of the manifest that are called "id", or "image", "mask"
+      or "target" if records have that volume, are renamed to "manifest_id" and so on.
     - every other feature of the records: bytes, a scalar, or an array if there are several numbers.
 
     All columns of the index are taken from there, so a dataset without "image", "mask" and other features
@@ -66,7 +67,7 @@ class Dataset:
             records of `split`; docs/reading.md describes conditions.
         columns: columns of an element; None means image, label (if the dataset has labels), id, affine and
             zooms.
-        channels_first: whether images have the shape (C, X, Y, Z), and masks (1, X, Y, Z).
+        channels_first: whether images have the shape (C, X, Y, Z), and masks and targets (1, X, Y, Z).
         fold: fold to leave out of "train", or to read as "validation", of a dataset that was built with
             `--split kfold:N`; from 0.
 
@@ -237,21 +238,21 @@ class Dataset:
     def patch(
         self, index: SupportsIndex, corner: Sequence[SupportsIndex], shape: Sequence[SupportsIndex]
     ) -> Element:
-        """A patch of a record: like `dataset[index]`, with the image and the mask cropped to a box of voxels.
+        """A patch of a record: like `dataset[index]`, with its volumes cropped to a box of voxels.
 
         The affine is that of the box.
 
         If the record is compressed, only the gzip members that the box touches are read and decompressed,
         and their CRC-32 are checked. If it is uncompressed, only the rows that the box touches are read,
-        without a checksum. From a store, the image and the mask take one request each. Records of a single
+        without a checksum. From a store, each volume takes one request. Records of a single
         member are read completely: those of small volumes, and those of datasets without the format feature
         "members". The first patch of a record also reads and checks the parts of it that are not voxels.
 
         Args:
             index: number of the record, as in `dataset[index]`.
             corner: index of the first voxel of the box along x, y and z. The box may reach beyond the volume,
-                where an image is padded with its minimum (each of several images with its own), and a mask
-                with 0.
+                where an image is padded with its minimum (each of several images with its own), a target with
+                its own, and a mask with 0.
             shape: number of voxels along x, y and z.
 
         Raises:

@@ -36,7 +36,7 @@ def load_dataset(
     split: str = "train",
     batch_size: int | None = None,
     *,
-    target: Literal["label", "mask"] = "label",
+    target: Literal["label", "mask", "target"] = "label",
     shuffle: bool = False,
     seed: int | None = None,
     drop_remainder: bool = False,
@@ -53,7 +53,7 @@ def load_dataset(
     on_error: Literal["raise", "skip"] = "raise",
     engine: Literal["indexed", "sequential"] | None = None,
     start_state: Mapping[str, Any] | None = None,
-    layout: Literal["plain", "nobrainer"] | None = None,
+    layout: Literal["plain", "nobrainer", "medicai"] | None = None,
     patch: Sequence[SupportsIndex] | None = None,
     patches_per_volume: int | None = None,
     foreground: float | None = None,
@@ -69,7 +69,7 @@ def load_dataset(
         path: folder or URL of the dataset; with `layout`, a glob of files.
         split: split to read, such as "train"; with the indexed engine, also `train[:80%]` or `train+test`.
         batch_size: examples per batch; None gives single examples, without the axis B.
-        target: "label" or "mask", which becomes y.
+        target: "label", "mask" or "target", which becomes y.
         shuffle: whether to shuffle the examples, differently in every epoch.
         seed: seed of the shuffling and of random patches, which makes every run the same.
         drop_remainder: whether to drop a last batch that is not full, so that B is static.
@@ -87,7 +87,8 @@ def load_dataset(
         on_error: "skip" skips damaged records, with a warning for each; the cardinality is then unknown.
         engine: "indexed" (Python threads) or "sequential" (TensorFlow's graph); None selects one.
         start_state: result of `state_after` for the run to continue, instead of `start`.
-        layout: layout of TFRecords of other programs: "nobrainer", or "plain" for `image_raw` and `label`.
+        layout: layout of TFRecords of other programs: "nobrainer", "medicai" (of its tutorial on BraTS), or
+            "plain" for `image_raw` and `label`.
         patch: (x, y, z) in voxels of random patches to read instead of whole volumes.
         patches_per_volume: number of patches per volume and epoch; None means 1.
         foreground: share of the patches that are drawn around a labelled voxel of the mask; None means 0.
@@ -104,7 +105,8 @@ def load_dataset(
         A dataset whose elements are X and y, X alone if there are no labels, or a dictionary. X is float32 of
         shape (B, x, y, z, c), rescaled by `--rescale`; c is 1 unless records have several frames, components
         or images. y is float32, int64 (a class) or tf.string of shape (B,); a missing one is NaN, -1 or "". A
-        mask is int32 of shape (B, x, y, z, 1). All axes except B are static, unless volumes differ in shape.
+        mask is int32, and a target float32, of shape (B, x, y, z, 1). All axes except B are static, unless
+        volumes differ in shape.
 
     Raises:
         DatasetError: the dataset is incomplete or has no such split. Damage that is found later is an error

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from beam_nifti.errors import DatasetError, ShardError, UsageError, VolumeError, unreadable
-from beam_nifti.read.decoding import decode_feature, decode_image, decode_mask
+from beam_nifti.read.decoding import decode_feature, decode_image, decode_mask, decode_target
 from beam_nifti.read.opening import Opened, open_dataset, rebuilt
 from beam_nifti.read.split_spec import SplitPart, parse_split
 from beam_nifti.read.where import Condition
@@ -29,6 +29,7 @@ from beam_nifti.record.example import (
     Features,
     decode_example,
     largest_payload,
+    tensors_of,
 )
 from beam_nifti.record.index import extra_column, schema_of
 from beam_nifti.record.tfrecord import decode_buffer, require_stored_size
@@ -41,6 +42,8 @@ Rows = range | npt.NDArray[np.int64]
 
 _SCRATCH_BYTES: Final = 32 << 20
 """The largest record for which a thread reuses its buffer; new memory costs a page fault per 4 KiB."""
+
+_DECODERS: Final = {"image": decode_image, "mask": decode_mask, "target": decode_target}
 
 _of_thread = threading.local()
 
@@ -139,10 +142,10 @@ class Records:
         info = self.opened.info
         if not self.opened.has_tensor(name):
             return name
-        dtype = "float32" if name == "image" else info.record_config.mask_dtype
+        dtype = info.record_config.mask_dtype if name == "mask" else "float32"
         if info.shape is None:
             return f"{name} {dtype} of mixed shapes"
-        num_masks = info.record_config.num_masks
+        num_masks = info.record_config.num_masks if name == "mask" else 1
         *space, channels = (*info.shape, 1)[:4] if name == "image" else (*info.shape[:3], num_masks)
         return f"{name} {dtype} {(channels, *space) if self.channels_first else (*space, channels)}"
 
@@ -165,7 +168,8 @@ class Records:
         They are read for the first patch, and take about 0.1 MB per GB of the shards.
         """
         config = self.opened.info.record_config
-        names = {"length", "min", "max", *RANGE_FEATURES, *SCALING_FEATURES} & set(schema_of(config).names)
+        names = {"length", "min", "max", "target_min", *RANGE_FEATURES, *SCALING_FEATURES}
+        names &= set(schema_of(config).names)
         if not config.has_members:
             return None
         return self.opened.read_indexes(self.shards, {"member_lengths", *names})
@@ -251,9 +255,8 @@ class Records:
     def _payload(self, path: str, row: int, shape: tuple[int, ...], in_place: bool) -> memoryview:
         info = self.opened.info
         offsets, lengths = self.places
-        config, size = info.record_config, int(lengths[row])
-        compressed = config.compression == "gzip"
-        most = largest_payload(shape, info.dtype, config.mask_dtype, config.num_masks)
+        compressed, size = info.record_config.compression == "gzip", int(lengths[row])
+        most = largest_payload(tensors_of(shape, info.dtype, info.record_config))
         require_stored_size(size, most)
         buffer = scratch(size) if compressed or in_place else make_buffer(size)
         count = storage.read_into(path, int(offsets[row]), buffer)
@@ -278,8 +281,7 @@ class Records:
         """The value of a column in the record itself."""
         if not self.opened.has_tensor(name):
             return decode_feature(features, name, self.opened.info)
-        decode = decode_image if name == "image" else decode_mask
-        tensor = decode(features, shape, self.opened.info)
+        tensor = _DECODERS[name](features, shape, self.opened.info)
         if self.channels_first:
             tensor = np.moveaxis(tensor, -1, 0)
         return tensor if in_place else np.ascontiguousarray(tensor)

@@ -18,7 +18,7 @@ from beam_nifti.read.opening import Opened
 from beam_nifti.read.order import Numbers, Order, whole_number
 from beam_nifti.read.random_access import Dataset
 from beam_nifti.read.sampling import PatchDataset, Patches, require_patches
-from beam_nifti.record.example import label_feature
+from beam_nifti.record.example import TENSOR_FEATURES, label_feature
 
 Shard: TypeAlias = tuple[int, int] | tf.distribute.InputContext | None
 
@@ -36,7 +36,7 @@ class Elements:
     channels_first: bool = False
 
     def __post_init__(self) -> None:
-        require_choice("target", self.target, "label", "mask")
+        require_choice("target", self.target, "label", "mask", "target")
         if self.columns is not None and not self.as_dict:
             raise UsageError(f"columns is {self.columns!r}, but elements are X and y; add as_dict=True")
         if self.columns is not None and not self.columns:
@@ -62,14 +62,16 @@ class Elements:
     def _targets(self, opened: Opened) -> dict[str, str]:
         """The columns or features that make up y, by name."""
         info, label = opened.info, self.label
-        if self.target == "mask":
-            if info.mask_labels is None:
+        if self.target != "label":
+            is_there = info.mask_labels is not None if self.target == "mask" else opened.has_tensor("target")
+            if not is_there:
                 raise UsageError(
-                    f"target is 'mask', but {opened.path} has no masks; build it with --mask-column"
+                    f"target is {self.target!r}, but {opened.path} has no {self.target}s; build it with "
+                    f"--{self.target}-column"
                 )
             if label is not None:
-                raise UsageError(f"label is {label!r}, but y is the mask; drop target or label")
-            return {"mask": "mask"}
+                raise UsageError(f"label is {label!r}, but y is the {self.target}; drop target or label")
+            return {self.target: self.target}
         if label is None:
             if info.labels and info.labels[0].kind == "string":
                 raise UsageError(
@@ -130,7 +132,7 @@ class Batching:
         """
         varying = [column.name for column in columns if column.varies]
         if varying and not (self.pad or self.ragged or self.size in (None, 1)):
-            what = "the volumes" if varying[0] in ("image", "mask") else varying[0]
+            what = "the volumes" if varying[0] in TENSOR_FEATURES else varying[0]
             raise UsageError(
                 f"batch_size is {self.size}, but {what} of {folder} have different shapes; use batch_size=1 "
                 "or None, or pad=True, or ragged=True"

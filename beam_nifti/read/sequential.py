@@ -22,7 +22,7 @@ from beam_nifti.read.opening import REBUILT, Opened
 from beam_nifti.read.request import Batching, Passes
 from beam_nifti.record.dataset_files import FILE_NAME, MAX_INFO_BYTES, no_dataset
 from beam_nifti.record.dataset_info import DatasetInfo
-from beam_nifti.record.example import RANGE_FEATURES, SCALING_FEATURES
+from beam_nifti.record.example import RANGE_FEATURES, SCALING_FEATURES, TARGET_FEATURE, TENSOR_FEATURES
 from beam_nifti.storage import paths as storage
 
 _OPEN_SHARDS: Final = 8
@@ -227,6 +227,10 @@ def _parser(
             mask = tf.ensure_shape(mask, (*(info.shape or (None,) * 3)[:3], *mask_axes))
             mask = mask if mask_axes else mask[..., tf.newaxis]
             return place(tf.cast(mask, tf.int32), column)
+        if TENSOR_FEATURES.get(column.name) in info.features:
+            target = tf.io.parse_tensor(features[TARGET_FEATURE], tf.float32)
+            target = tf.ensure_shape(target, (info.shape or (None,) * 3)[:3])
+            return place(target[..., tf.newaxis], column)
         value = features[column.name]
         if value.dtype == column.dtype == tf.string:
             return value
@@ -242,7 +246,8 @@ def _parser(
 
 def _features_of(name: str, info: DatasetInfo) -> dict[str, tf.io.FixedLenFeature]:
     """The features that a column requires."""
-    needed = [f"{name}_raw" if name in ("image", "mask") else name]
+    tensor = TENSOR_FEATURES.get(name, name)
+    needed = [tensor if tensor in info.features else name]
     if name == "image" and info.config["voxel_dtype"] == "native":
         needed += [feature for feature in (*SCALING_FEATURES, *RANGE_FEATURES) if feature in info.features]
     found = {}

@@ -229,7 +229,9 @@ class DatasetInfo:
         split, needed = self.first_split, dict[str, object]()
         if split in self.folds:
             split, needed["fold"] = "train", 0
-        if self.mask_labels is not None:
+        if self.record_config.has_target:
+            needed["target"] = "target"
+        elif self.mask_labels is not None:
             needed["target"] = "mask"
         elif self.labels and self.labels[0].kind == "string":
             needed["label"] = self.labels[0].name
@@ -487,6 +489,8 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
         raise ValueError(f"config.masks is {list(record.masks)}, but the records have no masks")
     if record.map_labels is not None and record.mask_dtype is None:
         raise ValueError(f"config.map_labels is {record.map_labels!r}, but the records have no masks")
+    if record.has_target and not ("target_raw" in info.features and columns.target is not None):
+        raise ValueError("config.has_target is true, but the records have no targets")
     if "image_raw" not in info.features:
         raise ValueError("features has no image_raw")
     num_frames = info.manifest.get("num_frames")

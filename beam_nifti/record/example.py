@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +18,7 @@ from beam_nifti.config import RecordConfig
 from beam_nifti.errors import ShardError, VolumeError
 from beam_nifti.volume.compression import Bytes
 from beam_nifti.volume.rescale import Scaling, numpy_dtype
+from beam_nifti.volume.target import TARGET_DTYPE
 
 if TYPE_CHECKING:
     from beam_nifti.manifest.manifest import VolumeRow
@@ -48,8 +49,15 @@ SCALING_FEATURES: Final = ("scl_slope", "scl_inter")
 MASK_FEATURE: Final = "mask_raw"
 """Feature of a mask: a tensor, like `image_raw`."""
 
-TENSOR_FEATURES: Final[Mapping[str, str]] = {"image": "image_raw", "mask": MASK_FEATURE}
-"""Those that hold a tensor, by what readers call it; all others are called by their own names."""
+TARGET_FEATURE: Final = "target_raw"
+"""Feature of a target: a tensor of float32."""
+
+TENSOR_FEATURES: Final[Mapping[str, str]] = {
+    "image": "image_raw",
+    "mask": MASK_FEATURE,
+    "target": TARGET_FEATURE,
+}
+"""Those that hold a tensor, by what readers call it, in their order; others are called by their own names."""
 
 TENSOR_DTYPES: Final[Mapping[str, int]] = {
     **{"float32": 1, "float64": 2, "int32": 3, "uint8": 4, "int16": 5, "int8": 6, "int64": 9},
@@ -75,6 +83,9 @@ _VARINT_BITS: Final = 64
 Feature = memoryview | npt.NDArray[np.generic]
 Features = Mapping[str, Feature]
 """Features of a record by name: bytes, or numbers of shape (n,)."""
+
+Tensors = tuple[tuple[str, tuple[int, ...], str], ...]
+"""Feature, shape and dtype of each tensor of a record."""
 
 FeatureValue = bytes | npt.NDArray[np.float32] | npt.NDArray[np.int64] | tuple[Bytes, ...]
 
@@ -127,33 +138,40 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def largest_payload(shape: Sequence[int], dtype: str, mask_dtype: str | None, num_masks: int) -> int:
-    """The most bytes that the Example of a volume can have.
+def tensors_of(shape: Sequence[int], dtype: str, record: RecordConfig) -> Tensors:
+    """The feature, shape and dtype of each tensor of a record, in their order.
 
     Args:
         shape: shape of the voxels.
-        dtype: dtype of the voxels.
-        mask_dtype: dtype of the masks; None if there are none.
-        num_masks: number of masks.
+        dtype: dtype of the stored voxels.
+        record: configuration of the record.
     """
-    itemsize = numpy_dtype(dtype).itemsize
-    itemsize += numpy_dtype(mask_dtype).itemsize * num_masks if mask_dtype else 0
-    return min(MAX_EXAMPLE_BYTES, math.prod(shape) * itemsize + _BESIDE_VOXELS)
+    space = tuple(shape[:3])
+    tensors = [("image_raw", tuple(shape), dtype)]
+    if record.mask_dtype is not None:
+        tensors.append((MASK_FEATURE, space + record.mask_axes, record.mask_dtype))
+    if record.has_target:
+        tensors.append((TARGET_FEATURE, space, TARGET_DTYPE))
+    return tuple(tensors)
 
 
-def require_readable(num_bytes: int, voxels: npt.NDArray[Any], mask: npt.NDArray[Any] | None) -> None:
+def largest_payload(tensors: Tensors) -> int:
+    """The most bytes that an Example with these tensors can have."""
+    num_bytes = sum(math.prod(shape) * numpy_dtype(dtype).itemsize for _, shape, dtype in tensors)
+    return min(MAX_EXAMPLE_BYTES, num_bytes + _BESIDE_VOXELS)
+
+
+def require_readable(num_bytes: int, arrays: Iterable[npt.NDArray[np.generic] | None]) -> None:
     """Refuse an Example that readers refuse for its size.
 
     Args:
         num_bytes: size of the Example.
-        voxels: stored voxels.
-        mask: its mask, or None.
+        arrays: its tensors, as far as it has them.
 
     Raises:
         VolumeError: it is too large.
     """
-    masks = (None, 0) if mask is None else (mask.dtype.name, math.prod(mask.shape[3:]))
-    most = largest_payload(voxels.shape, voxels.dtype.name, *masks)
+    most = largest_payload(tuple(("", a.shape, a.dtype.name) for a in arrays if a is not None))
     if num_bytes > most:
         raise VolumeError(
             f"takes {num_bytes:,} bytes, more than the {most:,} that readers accept of a record of this shape"
@@ -249,6 +267,8 @@ def feature_kinds(record: RecordConfig) -> dict[str, str]:
         kinds |= dict.fromkeys(("intensity_min", "intensity_max"), f"float[{record.num_channels}]")
     if record.mask_dtype is not None:
         kinds[MASK_FEATURE] = "bytes"
+    if record.has_target:
+        kinds[TARGET_FEATURE] = "bytes"
     kinds |= {label_feature(c.name): _LABEL_FEATURES[c.kind or ""] for c in record.labels or ()}
     return dict(sorted(kinds.items()))
 
@@ -296,7 +316,6 @@ def encode_volume(volume: Volume) -> ExamplePieces:
     """
     row, intensities = volume.row, volume.intensities
     features: dict[str, FeatureValue] = {
-        "image_raw": encode_tensor(volume.voxels),
         "id": row.example_id.encode(),
         "affine": _floats(*volume.affine.ravel()),
         "zooms": _floats(*volume.zooms),
@@ -311,15 +330,14 @@ def encode_volume(volume: Volume) -> ExamplePieces:
         doubles = struct.Struct(f"<{len(volume.rescale_ranges)}d")
         features["rescale_low"] = doubles.pack(*(e.low for e in volume.rescale_ranges))
         features["rescale_high"] = doubles.pack(*(e.high for e in volume.rescale_ranges))
-    if volume.mask is not None:
-        features[MASK_FEATURE] = encode_tensor(volume.mask)
+    arrays = {"image_raw": volume.voxels, MASK_FEATURE: volume.mask, TARGET_FEATURE: volume.target}
+    features |= {name: encode_tensor(array) for name, array in arrays.items() if array is not None}
     try:
         pieces = _pieces(features)
-        require_readable(sum(map(len, pieces)), volume.voxels, volume.mask)
+        require_readable(sum(map(len, pieces)), arrays.values())
     except VolumeError as e:
         raise VolumeError(f"{row.path}: {e}") from e
     tensors, offset = list[tuple[int, tuple[int, ...], int]](), 0
-    arrays = {"image_raw": volume.voxels, MASK_FEATURE: volume.mask}
     contents = {id(features[name][1]): array for name, array in arrays.items() if array is not None}
     for piece in pieces:
         if (array := contents.get(id(piece))) is not None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -93,10 +92,18 @@ _NONFINITE_SCHEMA: Final = pa.schema([("num_nonfinite", pa.int64())])
 _MAPPED_SCHEMA: Final = pa.schema([("mapped_labels", pa.list_(pa.int64()))])
 """Column that follows if labels of masks were mapped to others."""
 
+_TARGET_SCHEMA: Final = pa.schema(
+    [(f"target_{name}", pa.float64()) for name in ("min", "max", "mean", "std")]
+)
+"""Columns that follow if records have a target."""
+
+_TARGET_NONFINITE_SCHEMA: Final = pa.schema([("target_nonfinite", pa.int64())])
+"""Column that follows if records have a target, of which NaN and infinite voxels were replaced."""
+
 _FRAME_SCHEMA: Final = pa.schema([("frame", pa.int64())])
 """Column that follows if each frame of an image became a record."""
 
-_OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_RANGE_SCHEMA.names, *_NONFINITE_SCHEMA.names])
+OF_IMAGES: Final = frozenset(["min", "max", "mean", "std", *_RANGE_SCHEMA.names, *_NONFINITE_SCHEMA.names])
 """Columns that are lists, one number per image, if a record has several images."""
 
 OWN_NAMES: Final = frozenset(
@@ -104,13 +111,10 @@ OWN_NAMES: Final = frozenset(
     for schema in (
         *(SCHEMA, _SOURCE_SCHEMA_1, _MEMBERS_SCHEMA, _SCALING_SCHEMA),
         *(_RANGE_SCHEMA, _MASK_SCHEMA, _POSITIONS_SCHEMA, _FRAME_SCHEMA),
-        *(_NONFINITE_SCHEMA, _MAPPED_SCHEMA),
+        *(_NONFINITE_SCHEMA, _MAPPED_SCHEMA, _TARGET_SCHEMA, _TARGET_NONFINITE_SCHEMA),
     )
     for name in schema.names
 )
-
-_PLACES: Final = ("example_id", "position", "offset", "length", *_MEMBERS_SCHEMA.names, "shape")
-"""Columns by which a record is found and read."""
 
 _UNREPEATED: Final = ("member_lengths", "mask_positions")
 """Lists of numbers that hardly repeat: a Parquet dictionary of them would add a third to their bytes."""
@@ -202,7 +206,7 @@ class IndexEntry:
         mask_labels: labels of the mask, ascending; None if there are no masks.
         mask_positions: some voxels of each label, as `positions_of` gives them; None if there are no masks.
         scaling: scaling of native voxels to the image's units.
-        num_nonfinite, mapped_labels: as of `Volume`.
+        num_nonfinite, mapped_labels, target_intensity, target_nonfinite: as of `Volume`.
     """
 
     row: VolumeRow
@@ -218,6 +222,8 @@ class IndexEntry:
     scaling: Scaling = NO_SCALING
     num_nonfinite: tuple[int, ...] = ()
     mapped_labels: tuple[int, ...] | None = None
+    target_intensity: Intensity | None = None
+    target_nonfinite: int = 0
 
     @classmethod
     def of(cls, volume: Volume) -> IndexEntry:
@@ -236,6 +242,8 @@ class IndexEntry:
             scaling=volume.scaling,
             num_nonfinite=volume.num_nonfinite,
             mapped_labels=volume.mapped_labels,
+            target_intensity=volume.target_intensity,
+            target_nonfinite=volume.target_nonfinite,
         )
 
 
@@ -320,8 +328,15 @@ def entry_cells(
         "mapped_labels": entry.mapped_labels,
         "mask_labels": entry.mask_labels,
         "mask_positions": entry.mask_positions,
+        **target_cells(entry.target_intensity),
+        "target_nonfinite": entry.target_nonfinite,
         **scaling_cells(entry.scaling),
     }
+
+
+def target_cells(intensity: Intensity | None) -> dict[str, object]:
+    """The part of an index row with the values of a target, if there is one."""
+    return {} if intensity is None else {f"target_{n}": value for n, value in asdict(intensity).items()}
 
 
 def scaling_cells(scaling: Scaling) -> dict[str, object]:
@@ -361,10 +376,12 @@ def schema_of(record: RecordConfig, extra_columns: Sequence[str] = ()) -> pa.Sch
         at = SCHEMA.get_field_index("source_sizes")
         fields[at : at + len(_SOURCE_SCHEMA)] = _SOURCE_SCHEMA_1
     if record.channels is not None:
-        fields = [f.with_type(pa.list_(f.type)) if f.name in _OF_IMAGES else f for f in fields]
+        fields = [f.with_type(pa.list_(f.type)) if f.name in OF_IMAGES else f for f in fields]
     fields += _MASK_SCHEMA if record.mask_dtype else ()
     fields += _POSITIONS_SCHEMA if record.has_positions else ()
     fields += _MAPPED_SCHEMA if record.map_labels is not None else ()
+    fields += _TARGET_SCHEMA if record.has_target else ()
+    fields += _TARGET_NONFINITE_SCHEMA if record.has_target and record.nonfinite is not None else ()
     fields += _FRAME_SCHEMA if record.splits_frames else ()
     return pa.schema([*fields, *((extra_column(c), pa.string()) for c in extra_columns)])
 
@@ -490,96 +507,6 @@ def _require_columns(schema: pa.Schema, known: Mapping[str, pa.DataType]) -> Non
             raise ShardError(f"has a column {name!r}, which {FILE_NAME} does not name")
         if kind != known[name]:
             raise ShardError(f"column {name} is {str(kind)[:60]}, expected {known[name]}")
-
-
-def check_table(
-    table: pa.Table,
-    columns: Collection[str],
-    record: RecordConfig,
-    *,
-    is_sparse: bool = False,
-    may_lack_masks: bool = False,
-) -> Iterator[str]:
-    """Find what makes an index unusable.
-
-    Args:
-        table: table whose columns have the types of `schema_of`.
-        columns: names of the columns that it must have.
-        record: configuration of the records.
-        is_sparse: whether cells may be empty, except those that locate records, as in a dataset without a
-            manifest.
-        may_lack_masks: whether examples may lack files of their masks.
-    """
-    num_masks = range(0 if may_lack_masks or is_sparse else record.num_masks, record.num_masks + 1)
-    try:
-        table.validate(full=True)  # Parquet's text is not checked when it is read
-    except pa.ArrowInvalid as e:
-        yield f"cannot be read: {e}"
-        return
-    for name in columns:
-        if name not in table.column_names:
-            yield f"column {name} is missing"
-    for name in table.column_names:
-        may_lack = name not in _PLACES if is_sparse else name in ("label", *_SCALING_SCHEMA.names)
-        yield from _check_column(table, name, record, num_masks, may_lack=may_lack)
-
-
-def check_members(table: pa.Table) -> Iterator[str]:
-    """Find records whose members do not make up their length, in an index that `check_table` accepts."""
-    if table.num_rows and {"length", "member_lengths"} <= set(table.column_names):
-        column = table["member_lengths"]
-        counts = pc.list_value_length(column).to_numpy()
-        lengths = pc.list_flatten(column).cast(pa.int64()).to_numpy()
-        sums = np.add.reduceat(lengths, np.cumsum([0, *counts[:-1]]))
-        wrong = np.flatnonzero(sums != table["length"].to_numpy())
-        if wrong.size:
-            at = int(wrong[0])
-            name, length = record_name(at, table), table["length"][at]
-            yield f"the members of {name} have {sums[at]} bytes, but it has {length}"
-
-
-def _check_column(
-    table: pa.Table, name: str, record: RecordConfig, num_masks: range, *, may_lack: bool
-) -> Iterator[str]:
-    column = table[name]
-    if column.null_count and may_lack:
-        table = table.filter(column.is_valid())
-        column = table[name]
-    if column.null_count:
-        yield f"column {name} has {column.null_count} empty cells"
-    elif pa.types.is_list(column.type):
-        num_empty = pc.list_flatten(column).null_count
-        if num_empty and name != "source_versions":
-            yield f"column {name} has {num_empty} empty values"
-        counts = pc.list_value_length(column).to_numpy()
-        expected = _expected_counts(name, counts, record, num_masks)
-        if name in SOURCE_LISTS and SOURCE_LISTS[0] in table.column_names:
-            of_files = pc.list_value_length(table[SOURCE_LISTS[0]]).to_numpy()
-            expected = _expected_counts(name, of_files, record, num_masks)
-        wrong = np.flatnonzero(counts != expected)
-        if wrong.size:
-            at = int(wrong[0])
-            number = f"{counts[at]} values, expected {expected[at]}"
-            yield f"column {name} of {record_name(at, table)} has {number}"
-
-
-def _expected_counts(
-    name: str, counts: npt.NDArray[np.int64], record: RecordConfig, num_masks: range
-) -> npt.NDArray[np.int64]:
-    """How many values each cell of a column of lists must have: the allowed number nearest to the actual."""
-    least, most = (record.num_channels + num_masks[i] for i in (0, -1))
-    bounds = {
-        **dict.fromkeys(SOURCE_LISTS, (least, 2 * most)),  # as each may be a pair
-        **dict.fromkeys(_OF_IMAGES, (record.num_channels,) * 2),
-        "source_shape": (3, 5),
-        "shape": (3, 4),
-        "zooms": (3, 3),
-        "affine": (16, 16),
-        "source_affine": (16, 16),
-        "member_lengths": (1, None),
-    }
-    low, high = bounds.get(name, (0, None))
-    return counts.clip(low, high)
 
 
 def record_name(ordinal: int, table: pa.Table) -> str:

@@ -19,13 +19,12 @@ from beam_nifti.record.dataset_files import FILE_NAME, path_of
 from beam_nifti.record.dataset_info import DatasetInfo, ShardInfo
 from beam_nifti.record.index import (
     Limits,
-    check_members,
-    check_table,
     parse_index,
     read_bytes,
     record_name,
     schema_of,
 )
+from beam_nifti.record.index_checks import check_members, check_table
 from beam_nifti.storage import paths as storage
 from beam_nifti.volume.compression import DEFLATE_RATIO
 from beam_nifti.volume.rescale import numpy_dtype

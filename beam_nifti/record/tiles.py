@@ -1,8 +1,8 @@
 """How a record is cut so that a patch of its voxels can be read without the rest.
 
 A compressed record has one gzip member for what precedes its voxels, one for each tile of them, and one for
-what follows; its mask is cut in the same way. A tile is some planes along x, or some rows along y of one
-plane. The voxels of an uncompressed record are one tile. Source: docs/format.md, "Members".
+what follows; its mask and its target are cut in the same way. A tile is some planes along x, or some rows
+along y of one plane. The voxels of an uncompressed record are one tile. Source: docs/format.md, "Members".
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from typing import Final
 
 import numpy as np
 
-from beam_nifti.record.example import MASK_FEATURE, ExamplePieces, decode_example, decode_tensor
+from beam_nifti.record.example import (
+    TENSOR_FEATURES,
+    ExamplePieces,
+    Tensors,
+    decode_example,
+    decode_tensor,
+)
 from beam_nifti.record.tfrecord import (
     FOOTER_BYTES,
     HEADER_BYTES,
@@ -27,9 +33,6 @@ from beam_nifti.record.tfrecord import (
     member_sizes,
 )
 from beam_nifti.volume.rescale import numpy_dtype
-
-_TENSORS: Final = ("image_raw", MASK_FEATURE)
-"""Features that are cut, in their order in a record."""
 
 _SHOWN: Final = 4
 
@@ -119,8 +122,8 @@ def find_cuts(example: bytes | ExamplePieces, compressed: bool) -> list[int]:
         compressed: whether it is compressed.
 
     Returns:
-        Offsets in the payload, ascending; empty if the record is too small to be cut, or if its mask precedes
-        its image.
+        Offsets in the payload, ascending; empty if the record is too small to be cut, or if its image, mask
+        and target are in another order.
     """
     cuts = list[int]()
     for start, shape, itemsize in (
@@ -160,7 +163,7 @@ def _tensors_in(payload: bytes) -> Iterator[tuple[int, tuple[int, ...], int]]:
     """As `ExamplePieces.tensors`, but the image first."""
     features = decode_example(payload)
     begin = np.frombuffer(payload, np.uint8).ctypes.data
-    for name in _TENSORS:
+    for name in TENSOR_FEATURES.values():
         if name in features:
             tensor = decode_tensor(features[name])  # type: ignore[arg-type]  # else examine has refused it
             yield tensor.ctypes.data - begin, tensor.shape, tensor.itemsize
@@ -194,21 +197,11 @@ def _show(numbers: Sequence[int]) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def tiles_of(
-    shape: tuple[int, ...],
-    dtype: str,
-    mask_dtype: str | None,
-    mask_axes: tuple[int, ...] = (),
-    *,
-    compressed: bool,
-) -> tuple[dict[str, tuple[int, Tiles]], int]:
+def tiles_of(tensors: Tensors, *, compressed: bool) -> tuple[dict[str, tuple[int, Tiles]], int]:
     """Find which members of a record hold its voxels.
 
     Args:
-        shape: shape of the voxels.
-        dtype: dtype of the stored voxels.
-        mask_dtype: dtype of the mask; None if there is none.
-        mask_axes: its axes besides x, y and z.
+        tensors: the record's, as of `tensors_of`.
         compressed: whether the record is compressed.
 
     Returns:
@@ -216,8 +209,8 @@ def tiles_of(
         record has.
     """
     found, number = dict[str, tuple[int, Tiles]](), 1
-    for name, axes, kind in zip(_TENSORS, (shape, shape[:3] + mask_axes), (dtype, mask_dtype), strict=True):
-        tiles = Tiles.of(axes, numpy_dtype(kind).itemsize, compressed=compressed) if kind else None
+    for name, shape, dtype in tensors:
+        tiles = Tiles.of(shape, numpy_dtype(dtype).itemsize, compressed=compressed)
         if tiles is not None:
             found[name] = number, tiles
             number += tiles.count + 1

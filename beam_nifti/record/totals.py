@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -11,13 +12,16 @@ import pyarrow as pa
 from beam_nifti.config import RecordConfig
 from beam_nifti.record.index import mask_labels, schema_of
 
+_REPLACED: Final = ("num_nonfinite", "target_nonfinite")
+"""Columns that count voxels which were replaced."""
+
 
 @dataclass(frozen=True, slots=True)
 class RecordTotals:
     """Totals over some records. Those of disjoint records add up.
 
     Attributes:
-        num_nonfinite: voxels that were NaN or infinite and were replaced.
+        num_nonfinite: voxels of images and targets that were NaN or infinite and were replaced.
         num_made_finite: records that had such voxels.
         mask_labels: labels of the masks.
         mapped_labels: how many records had a label that was mapped to another one, by that label.
@@ -32,11 +36,8 @@ class RecordTotals:
     def of(cls, table: pa.Table) -> RecordTotals:
         """The totals of an index. Cells may be empty, as `WriteToTFRecord` leaves them."""
         names = table.column_names
-        counts = (
-            [np.sum(cell or 0) for cell in table["num_nonfinite"].to_pylist()]
-            if "num_nonfinite" in names
-            else []
-        )
+        replaced = [table[name].to_pylist() for name in _REPLACED if name in names]
+        counts = [sum(np.sum(cell or 0) for cell in cells) for cells in zip(*replaced, strict=True)]
         mapped = (
             (cell or () for cell in table["mapped_labels"].to_pylist()) if "mapped_labels" in names else ()
         )
@@ -51,9 +52,7 @@ class RecordTotals:
     def columns(record: RecordConfig) -> list[str]:
         """The columns of an index of such records that are added up."""
         return [
-            name
-            for name in ("num_nonfinite", "mask_labels", "mapped_labels")
-            if name in schema_of(record).names
+            name for name in (*_REPLACED, "mask_labels", "mapped_labels") if name in schema_of(record).names
         ]
 
     def __add__(self, other: RecordTotals) -> RecordTotals:

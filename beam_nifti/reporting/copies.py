@@ -2,7 +2,7 @@
 
 Volumes of a cohort resemble each other, above all if they are registered to a template. So grids are compared
 after what they have in common is removed: the mean volume, its square (contrast), its derivatives (shift and
-size), and the principal components of large cohorts. Source: docs/adr/0038-copies.md, with measurements.
+size), and the principal components of large cohorts. Source: docs/adr/0034-copies.md, with measurements.
 """
 
 from __future__ import annotations

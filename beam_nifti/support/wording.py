@@ -71,3 +71,13 @@ def bytes_text(size: float) -> str:
             break
         value /= 1000
     return f"{value:.0f} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def with_beside(mask: object, target: object) -> str:
+    """What a volume has besides its voxels, if anything.
+
+    >>> with_beside(None, 0), with_beside(0, 0)
+    (', with a target', ', with a mask and a target')
+    """
+    given = [f"a {name}" for name, one in (("mask", mask), ("target", target)) if one is not None]
+    return f", with {' and '.join(given)}" if given else ""

@@ -43,7 +43,7 @@ class Source:
     """The files that an example was made from.
 
     Attributes:
-        files: Stats of each image, then of the mask, when they were read.
+        files: Stats of each image, then of the mask and the target, when they were read.
         shape: `VolumeHeader.shape` of the first image.
         affine: affine of the first image, 16 numbers, row by row.
     """

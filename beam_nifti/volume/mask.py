@@ -18,19 +18,19 @@ from beam_nifti.volume.header import VolumeHeader, record_layout
 from beam_nifti.volume.rescale import Scaling, Voxels
 from beam_nifti.volume.voxels import take_voxels
 
-_RECORD: Final = RecordConfig()  # by which the voxels of a mask are loaded: as they are in the file
+PLAIN: Final = RecordConfig()  # by which voxels are loaded as they are in the file
 _CHUNK: Final = 1 << 16  # voxels that are looked at at a time
 _LARGEST_STEP: Final = 1 / 8  # between two stored integers, of which the nearest may represent a label
 _LARGEST_ERROR: Final = _LARGEST_STEP / 2  # distance from a whole number that is taken for rounding at most
 _RELATIVE_ERROR: Final = 2.0**-22  # of arithmetic in float32: two units in the last place
 
 
-def parse_mask_header(name: str, head: bytes) -> VolumeHeader:
-    """Parse the header of a mask, as `parse_header`, and require one number per voxel."""
+def parse_plain_header(name: str, head: bytes, kind: str = "mask") -> VolumeHeader:
+    """Parse the header of a mask or a target, as `parse_header`, and require one number per voxel."""
     header = parse_header(name, head)
     if len(header.shape) > 3 or header.num_colours > 1 or header.is_complex:
         raise VolumeError(
-            f"{name}: shape {header.shape} of {header.dtype_name}: a mask must have one number per "
+            f"{name}: shape {header.shape} of {header.dtype_name}: a {kind} must have one number per "
             "voxel; extract the intended volume"
         )
     return header
@@ -59,7 +59,7 @@ def load_mask(name: str, path: str, parse: ReadHeader, record: RecordConfig) -> 
     Other voxels than whole numbers of the dtype are a VolumeError.
     """
     with open_image(name, path, parse) as image:
-        voxels = take_voxels(image, record_layout(name, image.header, _RECORD))
+        voxels = take_voxels(image, record_layout(name, image.header, PLAIN))
         mapping = _Mapping(record.label_map) if record.map_labels is not None else None
         labels = _as_labels(name, voxels, image.header.scaling, record.mask_dtype or MASK_DTYPES[0], mapping)
     return Mask(image.header, labels, image.stats, mapping.found() if mapping else ())

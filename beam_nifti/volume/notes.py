@@ -34,12 +34,12 @@ TEXTS: Final = {
         "brings them"
     ),
     "beyond-field-of-view": (
-        "an image does not cover the whole grid of --reference; where it is missing, images have their least "
-        "value and masks 0"
+        "an image does not cover the whole grid of --reference; where it is missing, images and targets have "
+        "their least value and masks 0"
     ),
     "beyond-other-image": (
-        "an image or mask does not cover the whole first image of its example; where it is missing, --align "
-        "gives images their least value and masks 0"
+        "an image, mask or target does not cover the whole first image of its example; where it is missing, "
+        "--align gives images and targets their least value and masks 0"
     ),
 }
 """A sentence for each note."""

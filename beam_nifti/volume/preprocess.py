@@ -39,7 +39,8 @@ from beam_nifti.volume.label_map import of_each_mask
 from beam_nifti.volume.nonfinite import replace_nonfinite
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.resample import LINEAR, Interpolation, resample_labels, resample_voxels, split_slices
-from beam_nifti.volume.rescale import Scaling, Voxels
+from beam_nifti.volume.rescale import NO_SCALING, Scaling, Voxels
+from beam_nifti.volume.target import TARGET_DTYPE, replace_in_target
 from beam_nifti.volume.user_function import Function, load_functions
 from beam_nifti.volume.volume import Volume
 
@@ -104,30 +105,38 @@ def _steps(record: RecordConfig) -> list[Callable[[Volume], Volume]]:
 
 
 def make_finite(volume: Volume, record: RecordConfig) -> Volume:
-    """Replace NaN and infinite voxels of each image in place, by `RecordConfig.nonfinite`, and count them.
+    """Replace NaN and infinite voxels by `RecordConfig.nonfinite`, and count them; those of images in place.
 
     Raises:
-        VolumeError: an image has no finite voxel, or native voxels cannot hold the value.
+        VolumeError: an image or the target has no finite voxel, or native voxels cannot hold the value.
     """
     is_native = record.voxel_dtype == "native"
     voxels, scaling, counts = replace_nonfinite(
         volume.voxels, volume.scaling, record.nonfinite or "", record.channels, is_native=is_native
     )
     earlier = volume.num_nonfinite or (0,) * len(counts)  # another step may have replaced some already
+    target, count = volume.target, 0
+    if target is not None:
+        try:
+            target, count = replace_in_target(target, record.nonfinite or "")
+        except VolumeError as e:
+            raise VolumeError(f"the target: {e}") from e
     return replace(
         volume,
         voxels=voxels,
         scaling=scaling,
         num_nonfinite=tuple(was + now for was, now in zip(earlier, counts, strict=True)),
+        target=target,
+        target_nonfinite=volume.target_nonfinite + count,
     )
 
 
 def apply_function(volume: Volume, function: Function, name: str, num_channels: int | None = None) -> Volume:
     """Call the user's function, which may change the voxels, and check its result.
 
-    Voxels, scaling, affine and mask are taken from the result, voxel sizes from its affine. The function gets
-    copies of mask and affine, which frames of an image share. The result must have `num_channels` channels;
-    None accepts any.
+    Voxels, scaling, affine, mask and target are taken from the result, voxel sizes from its affine. The
+    function gets copies of affine, mask and target, which frames of an image share. The result must have
+    `num_channels` channels; None accepts any.
 
     Raises:
         VolumeError: it raised an exception, or its result is not a volume.
@@ -135,7 +144,10 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
         UsageError: it ended the process.
     """
     own = replace(
-        volume, affine=volume.affine.copy(), mask=None if volume.mask is None else volume.mask.copy()
+        volume,
+        affine=volume.affine.copy(),
+        mask=None if volume.mask is None else volume.mask.copy(),
+        target=None if volume.target is None else volume.target.copy(),
     )
     try:
         made = function(own)
@@ -147,8 +159,9 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
         said = describe(e, is_anonymous=bool(volume.row.pseudonyms))
         raise VolumeError(f"--preprocess {name} failed: {said}; repair it, or leave the image out") from e
     masks = () if volume.mask is None else (volume.mask.dtype.name,)
+    has_target = volume.target is not None
     axes = () if volume.mask is None else volume.mask.shape[3:]
-    problem = _wrong_with(made) or _wrong_beside(made, masks, axes, num_channels)
+    problem = _wrong_with(made) or _wrong_beside(made, masks, axes, num_channels, has_target=has_target)
     if problem:
         raise VolumeError(f"--preprocess {name} {problem}")
     grid = Grid.of(made.voxels.shape, np.asarray(made.affine, np.float64))
@@ -159,6 +172,7 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
         affine=grid.affine,
         zooms=grid.zooms,
         mask=None if volume.mask is None else made.mask,
+        target=made.target if has_target else None,
     )
 
 
@@ -176,7 +190,9 @@ def require_volume(volume: Volume, step: str) -> Volume:
         masks = (config.mask_dtype,)
     num_channels = config.num_channels if config.channels else None
     problem = _wrong_with(volume, _STORED_DTYPES if volume.intensities else ())
-    problem = problem or _wrong_beside(volume, masks, config.mask_axes, num_channels)
+    has_target = config.has_target is not None or volume.target is not None
+    axes = config.mask_axes
+    problem = problem or _wrong_beside(volume, masks, axes, num_channels, has_target=has_target)
     if problem:
         raise VolumeError(f"{volume.row.path}: {name} {problem}")
     affine = np.asarray(volume.affine, np.float64)
@@ -221,27 +237,36 @@ def _wrong_with(made: object, dtypes: Collection[str] = ()) -> str | None:
 
 
 def _wrong_beside(
-    made: Volume, masks: Collection[str], mask_axes: tuple[int, ...], num_channels: int | None = None
+    made: Volume,
+    masks: Collection[str],
+    mask_axes: tuple[int, ...],
+    num_channels: int | None = None,
+    *,
+    has_target: bool,
 ) -> str | None:
-    """What is wrong with a volume's channels, and with its mask, which must have one of some dtypes."""
+    """What is wrong with the channels, the mask, which must have one of some dtypes, and the target."""
     shape = made.voxels.shape
     if num_channels not in (None, *shape[3:]):
         return f"returned voxels of shape {shape}; return all {num_channels} channels that it got"
-    found: object = made.mask
-    if not masks:
-        remedy = (
-            "name the column of masks with --mask-column, or return dataclasses.replace(volume, voxels=…)"
-        )
-        return None if found is None else f"returned a mask, but the volume that it got has none; {remedy}"
-    if not isinstance(found, np.ndarray) or found.dtype.name not in masks or not found.dtype.isnative:
-        what = found.dtype if isinstance(found, np.ndarray) else type(found).__name__
-        return f"returned a mask of {what}; return an array of {' or '.join(masks)}"
-    if found.shape != shape[:3] + mask_axes or not found.flags.c_contiguous:
-        masks_too = f" and {mask_axes[0]} masks" if mask_axes else ""
-        return (
-            f"returned a mask of shape {found.shape} for voxels of {shape}{masks_too}; transform both, and "
-            "return numpy.ascontiguousarray of each"
-        )
+    beside: tuple[tuple[str, object, Collection[str], tuple[int, ...]], ...] = (
+        ("mask", made.mask, masks, mask_axes),
+        ("target", made.target, (TARGET_DTYPE,) if has_target else (), ()),
+    )
+    for name, found, dtypes, axes in beside:
+        if not dtypes:
+            if found is not None:
+                remedy = f"name a column of {name}s with --{name}-column"
+                return f"returned a {name}, but records have none; {remedy}"
+            continue
+        if not isinstance(found, np.ndarray) or found.dtype.name not in dtypes or not found.dtype.isnative:
+            what = found.dtype if isinstance(found, np.ndarray) else type(found).__name__
+            return f"returned a {name} of {what}; return an array of {' or '.join(dtypes)}"
+        if found.shape != shape[:3] + axes or not found.flags.c_contiguous:
+            several = f" and {axes[0]} masks" if axes else ""
+            return (
+                f"returned a {name} of shape {found.shape} for voxels of {shape}{several}; transform both, "
+                "and return numpy.ascontiguousarray of each"
+            )
     return None
 
 
@@ -261,6 +286,7 @@ def orient(volume: Volume, code: str) -> Volume:
         affine=turn(grid, turns).affine,
         zooms=turn_zooms(volume.zooms, turns),
         mask=None if volume.mask is None else turned(volume.mask),
+        target=None if volume.target is None else turned(volume.target),
     )
 
 
@@ -300,6 +326,7 @@ def _resampled(volume: Volume, resampling: Resampling, how: Interpolation, optio
         return replace(volume, zooms=grid.zooms)
     _require_grid(grid.shape, volume.voxels.shape[3:], option)
     voxels, scaling = resample_voxels(volume.voxels, volume.scaling, resampling, how)
+    target = volume.target
     return replace(
         volume,
         voxels=voxels,
@@ -307,6 +334,7 @@ def _resampled(volume: Volume, resampling: Resampling, how: Interpolation, optio
         affine=grid.affine,
         zooms=grid.zooms,
         mask=None if volume.mask is None else resample_labels(volume.mask, resampling, how),
+        target=None if target is None else resample_voxels(target, NO_SCALING, resampling, how)[0],
     )
 
 
@@ -324,6 +352,7 @@ def align(volume: Volume, reference: ReferenceGrid, how: Interpolation, *, each:
     if volume.mask is not None:
         mask = of_each_mask(volume.mask, lambda each: align_labels(each, old, new, how))
         notes += ["labels-lost-to-reference"] if loses_labels(volume.mask, old, new) else []
+    target = None if volume.target is None else align_voxels(volume.target, NO_SCALING, old, new, how)[0]
     return replace(
         volume,
         voxels=voxels,
@@ -331,6 +360,7 @@ def align(volume: Volume, reference: ReferenceGrid, how: Interpolation, *, each:
         affine=new.affine,
         zooms=new.zooms,
         mask=mask,
+        target=target,
         notes=join_notes([volume.notes, notes]),
     )
 
@@ -371,6 +401,7 @@ def crop_foreground(volume: Volume, rule: str) -> Volume:
         voxels=voxels,
         affine=grid.part(starts, voxels.shape[:3]).affine,
         mask=None if mask is None else np.ascontiguousarray(mask[box]),
+        target=None if volume.target is None else np.ascontiguousarray(volume.target[box]),
     )
     return _noting_lost_labels(cropped, mask, "labels-lost-to-crop")
 
@@ -385,7 +416,8 @@ def _noting_lost_labels(volume: Volume, mask: Voxels | None, note: str) -> Volum
 def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
     """Crop and pad each axis around its centre; if the number is odd, with one voxel more at the end.
 
-    Padding has the volume's own least value, so its range stays; that of a mask is 0.
+    Padding has the volume's own least value, so its range stays, and that of a target the target's; that of
+    a mask is 0.
     """
     old = Grid.of(volume.voxels.shape, volume.affine)
     if old.shape == shape:
@@ -405,6 +437,9 @@ def crop_or_pad(volume: Volume, shape: Shape3, *, each: bool = False) -> Volume:
         voxels=_fit(voxels, shape, cut, widths, least),
         affine=grid.affine,
         mask=None if volume.mask is None else _fit(volume.mask, shape, cut, widths, 0),
+        target=None
+        if volume.target is None
+        else _fit(volume.target, shape, cut, widths, np.fmin.reduce(volume.target, axis=None)),
     )
     return _noting_lost_labels(fitted, volume.mask, "labels-lost-to-shape")
 

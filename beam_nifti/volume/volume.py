@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -34,12 +34,13 @@ from beam_nifti.volume.header import (
     require_storable,
 )
 from beam_nifti.volume.intensity import find_rescale_range, rescale_voxels, select_voxels, stored_range
-from beam_nifti.volume.mask import load_mask, parse_mask_header
+from beam_nifti.volume.mask import PLAIN, load_mask, parse_plain_header
 from beam_nifti.volume.nonfinite import replace_nonfinite
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.resample import Interpolation
 from beam_nifti.volume.rescale import (
     FINITE_REMEDY,
+    NO_SCALING,
     Intensity,
     RescaleRange,
     Scaling,
@@ -48,7 +49,13 @@ from beam_nifti.volume.rescale import (
     measure,
     require_range,
 )
+from beam_nifti.volume.target import in_own_units
 from beam_nifti.volume.voxels import cut_clip, cut_frame, take_voxels
+
+_AFTER_REPLACEMENT: Final = (
+    "they came with the preparation, which --nonfinite precedes; repair the function or the image"
+)
+"""Remedy for voxels that are not finite although `nonfinite` has replaced all."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +76,10 @@ class Volume:
             manifest has several columns of masks; None if it has no masks.
         mapped_labels: labels in the files of masks that were mapped to others, ascending; None if no labels
             are mapped.
+        target: values to predict, in the units of their file: float32 of shape (X, Y, Z), C order; None if
+            the manifest has no targets.
+        target_intensity: range, mean and standard deviation of the target; None before they are measured.
+        target_nonfinite: voxels of the target that were NaN or infinite and were replaced.
         intensities: range, mean and standard deviation of each image, in its units; empty before they
             are measured.
         rescale_ranges: intensities of each image that become 0 and 1; empty if they are its range.
@@ -94,13 +105,17 @@ class Volume:
     num_nonfinite: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     config: RecordConfig | None = None
+    target: Voxels | None = None
+    target_intensity: Intensity | None = None
+    target_nonfinite: int = 0
 
     def release(self) -> None:
-        """Drop the voxels. Only for the graph of a build, in which no other step uses this volume.
+        """Drop voxels and target. Only for the graph of a build, in which no other step uses this volume.
 
         Beam holds an element until every following step has processed its results.
         """
         object.__setattr__(self, "voxels", np.empty(0, self.voxels.dtype))
+        object.__setattr__(self, "target", None)
 
 
 def load_volume(
@@ -110,7 +125,7 @@ def load_volume(
     dtype: str | None = None,
     record: RecordConfig | None = None,
 ) -> Volume:
-    """Read the images of one example, and its masks.
+    """Read the images of one example, its masks and its target.
 
     Args:
         row: row of the manifest that names them.
@@ -130,6 +145,7 @@ def load_volume(
             grids.
     """
     record = record or RecordConfig()
+    require_target(row, record)
     of_one = record if record.channels is None else replace(record, channels=None)
     images = list[_LoadedImage]()
     for number, path in enumerate(row.files[: record.num_channels]):
@@ -147,9 +163,15 @@ def load_volume(
             voxels, scaling = _bring_onto(images[0].header, voxels, scaling, header, record)
         images.append(_LoadedImage(header, voxels, scaling, image.stats, num_nonfinite=count))
     first = images[0]
-    masks = _load_masks(row, folder, record, first.header)
+    others = _load_others(row, folder, record, first.header)
     voxels, scaling = (first.voxels, first.scaling) if len(images) == 1 else _stack(row, images, record)
-    return _assemble(row, images, masks, voxels, scaling, record)
+    return _assemble(row, images, others, voxels, scaling, record)
+
+
+def require_target(row: VolumeRow, record: RecordConfig) -> None:
+    """Refuse a row without a target where records have one."""
+    if record.has_target and not row.files[-1]:
+        raise VolumeError(f"{row.path}: the row has no target; give the path of one, or drop the row")
 
 
 def _make_finite(
@@ -176,12 +198,13 @@ def load_frames(
     first frame is returned. Frames are made on request, so memory is that of the stored voxels and one frame.
     """
     record = record or RecordConfig(frames="each")
+    require_target(row, record)
     parse = _parser(row, 0, record, None, shape, dtype)
     with open_image(row.path, storage.join(folder, row.path), parse) as image:
         header, layout = image.header, record_layout(row.path, image.header, record)
         require_frames(row.path, header, row.num_frames, record)
         content = image.read_all()
-    masks = _load_masks(row, folder, record, header)
+    others = _load_others(row, folder, record, header)
     scaling = Scaling() if header.is_complex else header.scaling
     loaded = _LoadedImage(header, np.empty(0), scaling, image.stats)
 
@@ -191,7 +214,7 @@ def load_frames(
     def of_frame(frame: int) -> Volume:
         cut = cut_frame if clip == 1 else cut_clip
         voxels = cut(content, frame, header, layout, record.complex)
-        volume = _assemble(row.of_frame(frame), [loaded], masks, voxels, scaling, record)
+        volume = _assemble(row.of_frame(frame), [loaded], others, voxels, scaling, record)
         # One example of the image has the note, so that images are counted.
         notes = _notes_of_frames(header, record) if frame == last else ()
         return replace(volume, notes=join_notes([volume.notes, notes]))
@@ -214,7 +237,7 @@ def _notes_of_frames(header: VolumeHeader, record: RecordConfig) -> tuple[str, .
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _LoadedImage:
-    """One of the images of an example, or a mask with the labels that were mapped."""
+    """One of the images of an example, a mask with the labels that were mapped, or its target."""
 
     header: VolumeHeader
     voxels: Voxels
@@ -224,26 +247,66 @@ class _LoadedImage:
     num_nonfinite: int = 0
 
 
-def _load_masks(
-    row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader
-) -> tuple[Voxels | None, list[_LoadedImage]]:
-    """The labels of an example whose image has this header, and its masks; None if there are no masks."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Others:
+    """The files of an example besides its images.
+
+    Attributes:
+        masks: its masks; the voxels of each are the labels of all.
+        target: its target, if any.
+    """
+
+    masks: list[_LoadedImage]
+    target: _LoadedImage | None
+
+    @property
+    def files(self) -> list[_LoadedImage]:
+        """All of them, in the order of the row."""
+        return [*self.masks, *([] if self.target is None else [self.target])]
+
+
+def _load_others(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _Others:
+    """The masks and the target of an example whose image has this header, if any."""
+    return _Others(_load_masks(row, folder, record, image), _load_target(row, folder, record, image))
+
+
+def _load_masks(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> list[_LoadedImage]:
     numbers = range(record.num_channels, record.num_channels + record.num_masks)
     if record.masks is None:
-        masks = [_load_mask(row, number, folder, record, image) for number in numbers]
-        return (masks[0].voxels if masks else None), masks
+        return [_load_mask(row, number, folder, record, image) for number in numbers]
     labels, masks = np.empty((*image.space, *record.mask_axes), record.mask_dtype), list[_LoadedImage]()
     for channel, number in enumerate(numbers):
         mask = _load_mask(row, number, folder, record, image)
         labels[..., channel] = mask.voxels
         masks.append(replace(mask, voxels=labels))
-    return labels, masks
+    return masks
+
+
+def _load_target(
+    row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader
+) -> _LoadedImage | None:
+    """The target of an example, if any; its voxels are in its own units."""
+    if not record.has_target:
+        return None
+    path = row.files[-1]
+    parse = _parser(row, record.num_files - 1, record, image)
+    with open_image(path, storage.join(folder, path), parse) as opened:
+        header = opened.header
+        voxels = take_voxels(opened, record_layout(path, header, PLAIN))
+    scaling, count = header.scaling, 0
+    if record.nonfinite is not None:  # its dtype need not stay, as it becomes float32
+        voxels, scaling, count = _make_finite(
+            path, voxels, scaling, replace(PLAIN, nonfinite=record.nonfinite)
+        )
+    voxels, scaling = _bring_onto(image, voxels, scaling, header, record)
+    values = in_own_units(path, voxels, scaling)
+    return _LoadedImage(header, values, NO_SCALING, opened.stats, num_nonfinite=count)
 
 
 def _load_mask(
     row: VolumeRow, number: int, folder: str, record: RecordConfig, image: VolumeHeader
 ) -> _LoadedImage:
-    """A mask of an example, by its number among the files; its voxels are labels.
+    """A mask of an example whose image has this header, by its number among the files; its voxels are labels.
 
     It has no label if the row does not have the mask. Its files are none then.
     """
@@ -262,14 +325,14 @@ def _load_mask(
 def _assemble(
     row: VolumeRow,
     images: list[_LoadedImage],
-    masks: tuple[Voxels | None, list[_LoadedImage]],
+    others: _Others,
     voxels: Voxels,
     scaling: Scaling,
     record: RecordConfig,
 ) -> Volume:
     """The volume of these voxels, which were loaded from the files of an example."""
-    header, (labels, loaded) = images[0].header, masks
-    files, mapped = [*images, *loaded], {label for mask in loaded for label in mask.mapped}
+    header, target, files = images[0].header, others.target, [*images, *others.files]
+    mapped = {label for mask in others.masks for label in mask.mapped}
     dtypes = [image.header.dtype_name for image in images]
     stats, affine = tuple(file.stats for file in files if file.stats), tuple(header.affine.ravel().tolist())
     return Volume(
@@ -280,11 +343,13 @@ def _assemble(
         zooms=header.zooms,
         dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
         source=Source(stats, header.shape, affine),
-        mask=labels,
-        mapped_labels=tuple(sorted(mapped)) if loaded and record.map_labels is not None else None,
+        mask=others.masks[0].voxels if others.masks else None,
+        mapped_labels=tuple(sorted(mapped)) if others.masks and record.map_labels is not None else None,
         num_nonfinite=() if record.nonfinite is None else tuple(image.num_nonfinite for image in images),
         notes=join_notes(file.header.notes for file in files),
         config=record,
+        target=target.voxels if target else None,
+        target_nonfinite=target.num_nonfinite if target else 0,
     )
 
 
@@ -323,11 +388,12 @@ def _parser(
     Other images must fit `first`, the first one's header. With `is_any`, the image only has to fit a record
     of some configuration.
     """
-    path, is_mask = row.files[number], number >= record.num_channels
+    path, is_image = row.files[number], number < record.num_channels
+    kind = "mask" if number < record.num_channels + record.num_masks else "target"
 
     def parse(head: bytes) -> VolumeHeader:
-        header = parse_mask_header(path, head) if is_mask else parse_header(path, head)
-        if not (is_mask or is_any):
+        header = parse_header(path, head) if is_image else parse_plain_header(path, head, kind)
+        if is_image and not is_any:
             is_aligned = number > 0 and record.align is not None  # so its own shape makes no difference
             layout = (record_layout if is_aligned else require_storable)(path, header, record)
             if layout.stored_shape is not None and not is_aligned:
@@ -398,8 +464,9 @@ def load_header(
     """
     record = record or RecordConfig()
     headers = list[VolumeHeader]()
+    require_target(row, record)
     for number, path in enumerate(row.files):
-        if not path:  # of a mask that the row does not have
+        if not path:
             continue
         parse = _parser(row, number, record, headers[0] if headers else None, shape, dtype, is_any=is_any)
         headers.append(read_header(path, storage.join(folder, path), parse))
@@ -427,6 +494,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         VolumeError: voxels are NaN or infinite, have no range, or do not fit their dtype.
     """
     intensities, ranges, stored = list[Intensity](), list[RescaleRange](), volume.voxels
+    target = None if volume.target is None else _measure_target(volume, volume.target, config)
     notes = list[str]()
     is_native = config.voxel_dtype == "native"
     for number, voxels in enumerate(images_of(volume, config)):
@@ -452,7 +520,16 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         rescale_ranges=tuple(ranges),
         notes=join_notes([volume.notes, notes]),
         config=config,
+        target_intensity=target,
     )
+
+
+def _measure_target(volume: Volume, target: Voxels, config: RecordConfig) -> Intensity:
+    remedy = FINITE_REMEDY if config.nonfinite is None else _AFTER_REPLACEMENT
+    try:
+        return measure(target, NO_SCALING, remedy)
+    except VolumeError as e:
+        raise VolumeError(f"{volume.row.files[-1]}: the target: {e}") from e
 
 
 def _is_far_from_cohort(
@@ -477,6 +554,14 @@ def require_rescaled(volume: Volume) -> None:
             f"{volume.row.path}: its voxels are {volume.voxels.dtype}, but Rescale made them "
             f"{config.voxel_dtype}; {remedy}"
         )
+    if volume.target is not None:
+        found = np.array([volume.target.min(), volume.target.max()])
+        measured = volume.target_intensity
+        if measured is None or found.tolist() != [measured.min, measured.max]:
+            raise VolumeError(
+                f"{volume.row.path}: its target is no longer the one that Rescale measured; put steps that "
+                "change targets before Rescale"
+            )
     for number, voxels in enumerate(images_of(volume, config)):
         intensity = volume.intensities[number]
         found = np.array([voxels.min(), voxels.max()])
@@ -505,11 +590,7 @@ def _rescale(
     voxels: Voxels, volume: Volume, config: RecordConfig, number: int
 ) -> tuple[Intensity, RescaleRange | None, Voxels]:
     scaling = volume.scaling
-    remedy = FINITE_REMEDY
-    if config.nonfinite is not None:  # so they came after the replacement
-        remedy = (
-            "they came with the preparation, which --nonfinite precedes; repair the function or the image"
-        )
+    remedy = FINITE_REMEDY if config.nonfinite is None else _AFTER_REPLACEMENT
     intensity = measure(voxels, scaling, remedy)
     if config.method == "minmax" and intensity.min == intensity.max:
         raise constant_image(intensity.min)

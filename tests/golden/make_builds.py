@@ -56,6 +56,12 @@ BUILDS: Final[dict[str, dict[str, Any]]] = {
             "affine": (0, -1.7, 0, 88, 1.7, 0, 0, -125, 0, 0, 2, -71, 0, 0, 0, 1),
         },
     },
+    "target": {
+        "columns": {"path": "path", "target": "mask"},
+        "nonfinite": "zero",
+        "spacing": (3, 2, 4),
+        "shape": (8, 6, 5),
+    },
     "pseudonyms": {
         "anonymous_ids": "key",
         "columns": {"path": "path,frames", "mask": "mask"},

@@ -293,6 +293,7 @@ AGE = {"label_column": "age"}
         ({}, {"shape": (4, 4, 4)}),
         ({"path_column": "s", "max_bad_fraction": 0.5}, {"allow_mixed_shapes": True}),
         ({**AGE, "missing_label": "nan"}, {"missing_label": "skip"}),
+        ({"max_bad_fraction": 0.5}, {"target_column": "l"}),
     ],
 )
 def test_an_option_changes_what_is_measured(

@@ -183,6 +183,9 @@ def test_a_job_server_needs_java(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert "java is not on PATH" in said
     assert "--job_endpoint" in said
     assert choose(*FLINK, *POOL)  # whose job server runs already
+    submitting = ("--runner=FlinkRunner", "--flink-submit-uber-jar", *POOL)
+    assert choose(*submitting, "--flink-master=host:8081")  # Flink runs the jar
+    assert "java is not on PATH" in refusal(*submitting, "--flink-master=[local]")
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,12 @@ def nobrainer(kind: str, **options: Any) -> Any:
 
 
 def example(**features: Any) -> bytes:
-    """A serialized Example."""
+    """A serialized Example; a list is a feature of several values."""
     kinds = {bytes: "bytes_list", float: "float_list", int: "int64_list"}
+    lists = {name: value if isinstance(value, list) else [value] for name, value in features.items()}
     found = {
-        name: tf.train.Feature(**{kinds[type(value)]: {"value": [value]}}) for name, value in features.items()
+        name: tf.train.Feature(**{kinds[type(values[0])]: {"value": values}})
+        for name, values in lists.items()
     }
     return tf.train.Example(features={"feature": found}).SerializeToString()
 
@@ -92,6 +94,40 @@ def test_plain_files_of_other_kinds(tmp_path: Path) -> None:
     np.testing.assert_array_equal(x, np.moveaxis(images, -1, 1))
 
 
+def write_medicai(path: Path, shapes: list[tuple[int, ...]], *names: str) -> list[dict[str, Any]]:
+    """What medicai's tutorial on BraTS reads: raw voxels, shapes, and features that no reader needs."""
+    cases = []
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for seed, shape in enumerate(shapes):
+            random = np.random.default_rng(seed)
+            case = {name: random.normal(9, 3, shape).astype("float32") for name in names}
+            case["label"] = random.integers(0, 5, shape).astype("float32")
+            features: dict[str, Any] = {}
+            for name, volume in case.items():
+                features |= {f"{name}_raw": volume.tobytes(), f"{name}_shape": list(volume.shape)}
+                features |= {f"{name}_affine": [1.0] * 16, f"{name}_filename": f"{name}.nii".encode()}
+            writer.write(example(**features))
+            cases.append(case)
+    return cases
+
+
+def test_files_of_medicai_s_tutorial(tmp_path: Path) -> None:
+    modalities = ("t1", "flair", "t2", "t1ce")
+    cases = write_medicai(tmp_path / "training_shard_0.tfrec", [SHAPE] * 2, *modalities)
+    ((x, y),) = load_dataset(tmp_path / "*.tfrec", batch_size=2, layout="medicai")
+    assert (x.shape, y.shape, y.dtype) == ((2, *SHAPE, 4), (2, *SHAPE, 1), tf.float32)
+    for read, labels, case in zip(x, y, cases, strict=True):
+        expected = np.stack([case[name] for name in ("flair", "t1", "t1ce", "t2")], axis=-1)
+        np.testing.assert_array_equal(read, expected)
+        np.testing.assert_array_equal(labels[..., 0], case["label"])
+    ((x, y),) = load_dataset(tmp_path / "*.tfrec", batch_size=2, layout="medicai", channels_first=True)
+    assert (x.shape, y.shape) == ((2, 4, *SHAPE), (2, 1, *SHAPE))
+    small, large = write_medicai(tmp_path / "ct", [(2, 2, 1), SHAPE], "image")
+    ((x, y),) = load_dataset(tmp_path / "ct", batch_size=2, layout="medicai", pad=True)
+    np.testing.assert_array_equal(x[0, :2, :2, :1, 0], small["image"])
+    np.testing.assert_array_equal(y[1, ..., 0], large["label"])
+
+
 def test_volumes_of_different_shapes(tmp_path: Path) -> None:
     small, large = write_plain(tmp_path / "mixed", [(2, 2, 1), SHAPE], label=float)
     options: dict[str, Any] = {"layout": "plain", "batch_size": 2}
@@ -114,7 +150,18 @@ def test_files_that_are_not_of_the_layout(tmp_path: Path) -> None:
         writer.write(example(**fields, **{"feature/value": b"1234"}))
     with tf.io.TFRecordWriter(str(tmp_path / "half")) as writer:
         writer.write(example(**fields, **{"feature/value": bytes(12)}))
+    volume = {"label_raw": bytes(12), "label_shape": [3, 1, 1]}
+    for name, other in [
+        ("bytes", {"t1_raw": bytes(6), "t1_shape": [3, 1, 1]}),
+        ("shapes", {"t1_raw": bytes(12), "t1_shape": [3, 1, 1], "t2_raw": bytes(8), "t2_shape": [2, 1, 1]}),
+        ("alone", {}),
+    ]:
+        with tf.io.TFRecordWriter(str(tmp_path / name)) as writer:
+            writer.write(example(**volume, **other))
     for name, layout, message in [
+        ("bytes", "medicai", r"bytes: its first record is not of .*t1_raw has 6 bytes for \(3, 1, 1\) of"),
+        ("shapes", "medicai", r"images t1, t2 have the shapes \[\(2, 1, 1\), \(3, 1, 1\)\]"),
+        ("alone", "medicai", r"images \(none\) have"),
         (
             "plain",
             "nobrainer",
@@ -143,7 +190,7 @@ def test_files_that_are_not_of_the_layout(tmp_path: Path) -> None:
         ({"as_dict": True}, "as_dict requires a dataset_info.json"),
         ({"label": "age"}, "label requires a dataset_info.json"),
         ({"engine": "indexed"}, "engine='indexed' requires a dataset_info.json"),
-        ({"layout": "tfds"}, "layout is 'tfds'; choose 'plain' or 'nobrainer'"),
+        ({"layout": "tfds"}, "layout is 'tfds'; choose 'plain' or 'nobrainer' or 'medicai'"),
     ],
 )
 def test_arguments_that_need_a_dataset(options: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from beam_nifti.config import RecordConfig
-from beam_nifti.record.example import encode_example, encode_tensor, encode_volume
+from beam_nifti.record.example import encode_example, encode_tensor, encode_volume, tensors_of
 from beam_nifti.record.tfrecord import TILE_BYTES, encode_members
 from beam_nifti.record.tiles import Tiles, check_cuts, find_cuts, kept_members, tiles_of
 from beam_nifti.volume import load_volume, rescale_volume
@@ -44,17 +44,20 @@ def test_uncompressed_voxels_are_one_tile() -> None:
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_a_record_is_cut_around_its_voxels_and_its_mask(compressed: bool) -> None:
+def test_a_record_is_cut_around_its_voxels_its_mask_and_its_target(compressed: bool) -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 99, (70, 60, 50)).astype(np.int16)
     mask = (image > 40).astype(np.uint8)
-    features = {"image_raw": encode_tensor(image), "mask_raw": encode_tensor(mask), "id": b"a", "zooms": b"z"}
-    payload = encode_example(features)
+    target = rng.normal(0, 1, image.shape).astype(np.float32)
+    tensors = {"image_raw": image, "mask_raw": mask, "target_raw": target}
+    encoded = {name: encode_tensor(tensor) for name, tensor in tensors.items()}
+    payload = encode_example({**encoded, "id": b"a", "zooms": b"z"})
     cuts = find_cuts(payload, compressed)
     members = [payload[start:end] for start, end in itertools.pairwise([0, *cuts, len(payload)])]
-    found, count = tiles_of(image.shape, "int16", "uint8", compressed=compressed)
+    record = RecordConfig(mask_dtype="uint8", has_target=True)
+    found, count = tiles_of(tensors_of(image.shape, "int16", record), compressed=compressed)
     assert len(members) == count
-    for name, tensor in (("image_raw", image), ("mask_raw", mask)):
+    for name, tensor in tensors.items():
         first, tiles = found[name]
         assert b"".join(members[first : first + tiles.count]) == tensor.tobytes()
         assert [len(m) for m in members[first : first + tiles.count]] == tiles.sizes()
@@ -141,7 +144,8 @@ def test_members_of_voxels_are_kept_when_labels_change(was: str, now: str, chang
     )
     record = b"".join(encode_members((old,), 2, find_cuts(old, True)).pieces)
     kept = kept_members(record, old, new)
-    found, _ = tiles_of(image.shape, "int32", "uint16", compressed=True)
+    tensors = tensors_of(image.shape, "int32", RecordConfig(mask_dtype="uint16"))
+    found, _ = tiles_of(tensors, compressed=True)
     voxels = {range(first, first + tiles.count) for first, tiles in list(found.values())[: 2 - changes_mask]}
     assert kept.keys() >= set(itertools.chain(*voxels))
     cuts = find_cuts(new, True)

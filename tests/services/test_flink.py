@@ -122,7 +122,7 @@ def running() -> Iterator[Cluster]:
 @pytest.fixture
 def cluster(running: Cluster) -> Cluster:
     """With all its TaskManagers, whatever an earlier test did to them."""
-    return Cluster.up()
+    return running if running.ask("overview")["taskmanagers"] == TASK_MANAGERS else Cluster.up()
 
 
 def _local(manifest: Path, output: Path, *arguments: str) -> dict[str, str]:
@@ -199,16 +199,23 @@ def test_a_python_worker_dies(cluster: Cluster, tmp_path: Path) -> None:
     _kill_while_loading(cluster, tmp_path, 300, 48, cluster.kill_python_worker)
 
 
-@pytest.mark.parametrize("phase", ["loaded", "committed"])
-def test_a_task_manager_dies_in_a_pipeline_of_steps(cluster: Cluster, tmp_path: Path, phase: str) -> None:
-    """While volumes are loaded and written into parts; and while shards are made of these."""
-    count, output = 300, tmp_path / "out"
-    manifest = write_rows(tmp_path / "cohort", count, 40, (48, 48, 48))
-    script = tmp_path / "steps.py"
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, str]]:
+    """A pipeline of steps, its manifest of 300 rows, and what it writes on this machine."""
+    folder = tmp_path_factory.mktemp("steps")
+    manifest, script = write_rows(folder / "cohort", 300, 40, (48, 48, 48)), folder / "steps.py"
     script.write_text(_STEPS)
-    here = [sys.executable, str(script), str(manifest), str(tmp_path / "local"), *LOCAL]
+    here = [sys.executable, str(script), str(manifest), str(folder / "local"), *LOCAL]
     subprocess.run(here, check=True, capture_output=True)
-    expected = content_of(tmp_path / "local")
+    return script, manifest, content_of(folder / "local")
+
+
+@pytest.mark.parametrize("phase", ["loaded", "committed"])
+def test_a_task_manager_dies_in_a_pipeline_of_steps(
+    cluster: Cluster, steps: tuple[Path, Path, dict[str, str]], tmp_path: Path, phase: str
+) -> None:
+    """While volumes are loaded and written into parts; and while shards are made of these."""
+    (script, manifest, expected), count, output = steps, 300, tmp_path / "out"
     output.mkdir()
     if phase == "loaded":
         watched = watch_build(

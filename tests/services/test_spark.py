@@ -5,8 +5,11 @@ Spark and Beam's job server are of the versions in scripts/spark_cluster, older 
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ import psutil
 import pytest
 from inotify_simple import flags
 
+import beam_nifti as bn
 from tests.services.conftest import (
     LOCAL,
     Reference,
@@ -155,6 +159,32 @@ def test_a_slow_worker_is_overtaken_by_a_second_copy_of_its_task(
     assert watched.code == 0, watched.printed
     assert watched.events > VOLUMES + 1, "there was no second copy"
     assert content_of(tmp_path / "out") == cohort.content
+
+
+def test_spark_reads_a_dataset_as_its_page_says(
+    cluster: Cluster, reference: Reference, tmp_path: Path
+) -> None:
+    page = SCRIPT.parents[1] / "docs" / "spark.md"
+    (code,) = re.findall(r"^```python\n(.+?)^```", page.read_text(), re.M | re.S)
+    dataset = reference.manifest.parents[1] / "dataset"
+    (library,) = HOME.glob("venv/lib/python*/site-packages/pyspark")
+    (bridge,) = library.glob("python/lib/py4j-*.zip")
+    places = (library.parent, bridge, SCRIPT.parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace("/data/dataset", str(dataset))],
+        env=os.environ | {"PYSPARK_PYTHON": sys.executable, "PYTHONPATH": os.pathsep.join(map(str, places))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    records = bn.Dataset(str(dataset), "train")
+    means = {record["id"]: float(record["image"].mean()) for record in records}
+    shown = {
+        cells[0]: float(cells[1]) for cells in re.findall(r"^\| *(\S+)\| *(0\.\d+) *\|$", done.stdout, re.M)
+    }
+    assert len(shown) == min(20, len(means))  # the rows that `show` prints
+    assert shown == pytest.approx({name: means[name] for name in shown})
 
 
 def test_down_ends_all_that_was_started(cluster: Cluster) -> None:

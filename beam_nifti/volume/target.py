@@ -1,0 +1,38 @@
+"""The target of an example: an image of real values that a network predicts for each voxel."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from beam_nifti.errors import VolumeError
+from beam_nifti.volume.nonfinite import replace_nonfinite
+from beam_nifti.volume.rescale import NO_SCALING, Scaling, Voxels, keep_units
+
+TARGET_DTYPE = "float32"
+
+
+def in_own_units(name: str, voxels: Voxels, scaling: Scaling) -> Voxels:
+    """The values of a target in the units of its file, as float32. NaN and infinite voxels stay.
+
+    Raises:
+        VolumeError: finite values are beyond float32.
+    """
+    ends = scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype))
+    if np.isfinite(ends).all() and np.abs(ends).max() > np.finfo(TARGET_DTYPE).max:
+        low, high = sorted(ends.tolist())
+        raise VolumeError(
+            f"{name}: the target has values from {low:g} to {high:g}, which {TARGET_DTYPE} cannot hold; "
+            "store it in another unit"
+        )
+    if voxels.dtype == TARGET_DTYPE and scaling.is_identity:
+        return voxels
+    with np.errstate(over="ignore"):
+        return keep_units(voxels, scaling)
+
+
+def replace_in_target(target: Voxels, rule: str) -> tuple[Voxels, int]:
+    """A target without NaN and infinite voxels, by `RecordConfig.nonfinite`, and how many were replaced."""
+    if np.isfinite(target).all():
+        return target, 0
+    made, _, (count,) = replace_nonfinite(target.copy(), NO_SCALING, rule)
+    return made.astype(TARGET_DTYPE, copy=False), count
