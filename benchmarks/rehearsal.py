@@ -294,7 +294,7 @@ def print_results(phases: dict[str, dict[str, Phase]], steps: dict[str, float], 
         loop = sum(steps.values()) * volumes
         for step in STEPS:
             rows[step].append(f"{steps[step] * volumes:.0f}")
-        rows["engine: Python beside the steps"].append(f"{python - loop:.0f}")
+        rows["engine: Python outside these steps"].append(f"{python - loop:.0f}")
         rows["engine: Java"].append(f"{build.cpu[JAVA]:.0f}")
         rows["engine: the launching command"].append(f"{0 if name == 'direct' else build.cpu[LAUNCHER]:.0f}")
         rows["the S3 server"].append(f"{build.cpu[STORE]:.0f}")

@@ -188,7 +188,8 @@ def test_every_flag_in_the_documents_exists() -> None:
     ours = frozenset[str]().union(*map(_flags, ("", *COMMANDS)))
     scripts = {"--fast", "--services", "--all", "--coverage", "--oldest", "--newest"}
     tools = {"--fix", "--dist", "--hypothesis-profile"}  # of ruff and pytest
-    benchmarks = {"--masks", "--nobrainer", "--peers", "--threads", "--volumes"}
+    benchmarks = {"--epochs", "--masks", "--nobrainer", "--peers", "--threads", "--volumes"}
+    examples = {"--checkpoint", "--epochs", "--patch", "--steps"}
     containers = {"--build-arg", "--entrypoint", "--network", "--no-install-recommends", "--rm", "--user"}
     boot = {"--worker-pool"}  # Beam's launcher of workers
     job_server = {"--execution-mode-for-batch"}  # Beam's, of Flink
@@ -200,9 +201,8 @@ def test_every_flag_in_the_documents_exists() -> None:
     airflow = {"--conf"}
     mkdocs = {"--strict"}
     kubectl = {"--for", "--timeout"}
-    scripts |= (
-        tools | benchmarks | airflow | mkdocs | kubectl | containers | boot | job_server | gcloud | nibabel
-    )
+    scripts |= tools | benchmarks | examples | airflow | mkdocs | kubectl | containers | boot
+    scripts |= job_server | gcloud | nibabel
     for document in DOCUMENTS:
         text = re.sub(r"^<!--.*-->$", "", document.read_text(), flags=re.M)
         flags = {f.replace("_", "-") for f in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
