@@ -21,11 +21,12 @@ from beam_nifti.errors import DatasetError, ManifestError, TooManyFailures, Usag
 from beam_nifti.inference import Preparation
 from beam_nifti.inspection.verify import ALL, verify_dataset
 from beam_nifti.manifest import read_manifest
+from beam_nifti.pipeline.configure import make_config
 from beam_nifti.transforms import EncodeExample, LoadVolume, ReadManifest, Rescale, WriteToTFRecord
 from beam_nifti.volume.label_map import label_counts, labels_of, overlaid, positions_of
 from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.rescale import Scaling
-from beam_nifti.volume.volume import Volume, load_header, load_volume, rescale_volume
+from beam_nifti.volume.volume import Volume, load_frames, load_header, load_volume, rescale_volume
 from tests.datasets import SOURCE, edit_info, index_rows, info_of
 from tests.images import AFFINE, Array, brain, row_of, write_image, write_manifest
 
@@ -91,8 +92,8 @@ def test_a_dataset_of_two_masks(tmp_path: Path, run: Callable[..., str]) -> None
     assert "empty       in 1 example without a mask" in printed
     assert cli.main(["card", str(output)]) == 0
     assert "mask\\_raw | tensor of uint8 | 6×5×4×2 |" in (output / "README.md").read_text()
-    again = run("build", manifest, output, *flags)
-    assert "kept     3 examples" in again
+    assert "kept     3 examples" in run("build", manifest, output, *flags)
+    assert make_config("m", "x", {}, like=str(output)).columns.masks == NAMES
 
 
 def test_tensorflow_reads_them(tmp_path: Path) -> None:
@@ -230,6 +231,17 @@ def test_a_row_that_lacks_one_mask(tmp_path: Path) -> None:
     assert volume.mask is not None
     assert np.array_equal(volume.mask[..., 1], masks_of(0)[..., 1])
     assert not volume.mask[..., 0].any()
+
+
+def test_masks_go_with_every_frame(tmp_path: Path) -> None:
+    cohort(tmp_path, 1)
+    write_image(tmp_path / "bold.nii", np.stack([brain(SHAPE, seed=i) for i in range(3)], -1))
+    record = RecordConfig(mask_dtype="uint8", masks=NAMES, frames="each")
+    row = row_of("bold.nii", other_files=tuple(f"0_{name}.nii.gz" for name in NAMES), num_frames=3)
+    for number, volume in enumerate(load_frames(row, str(tmp_path), record=record)):
+        assert np.array_equal(volume.voxels, brain(SHAPE, seed=number))
+        assert volume.mask is not None
+        assert np.array_equal(volume.mask, masks_of(0))
 
 
 def test_masks_go_back_to_images(tmp_path: Path, run: Callable[..., str]) -> None:
