@@ -200,7 +200,8 @@ def analyze(
 
     Args:
         manifest: same as for `build`.
-        out: also write the statistics to this .json file, which is replaced if it exists.
+        out: also write the statistics to this .json file, which is replaced if it exists. Required on a
+            cluster, whose workers must be able to write it.
         runner: same as for `build`.
         pipeline_options: same as for `build`.
         like: same as for `build`; options that only concern how records are written are ignored.

@@ -59,9 +59,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2, help="processes that read; 0 reads in this one")
     parser.add_argument(
-        "--checkpoint", type=Path, help="to go on from, if it is there, with as many workers, and to keep"
+        "--checkpoint",
+        type=Path,
+        help="file to save to, and to continue from if it exists, with the same --workers",
     )
-    parser.add_argument("--steps", type=int, help="stop after so many")
+    parser.add_argument("--steps", type=int, help="stop after this many steps")
     options = parser.parse_args()
     flags.FLAGS([parser.prog])  # with JAX, Grain starts no worker before they are parsed
 

@@ -74,7 +74,7 @@ def train(folder: Path, epochs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fit a small 3-D network to a dataset made up here.")
     parser.add_argument(
-        "folder", nargs="?", type=Path, help="where to keep cohort and dataset; default: nowhere"
+        "folder", nargs="?", type=Path, help="keeps the cohort and the dataset; default: a temporary folder"
     )
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()

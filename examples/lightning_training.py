@@ -72,7 +72,9 @@ class Network(LightningModule):
 if __name__ == "__main__":
     parser = ArgumentParser(description="Train a network with Lightning on patches of a dataset.")
     parser.add_argument("dataset", help="folder or URL")
-    parser.add_argument("--checkpoints", default="checkpoints", help="folder to continue from, and to keep")
+    parser.add_argument(
+        "--checkpoints", default="checkpoints", help="folder to save to, and to continue from"
+    )
     for name, number in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=number)
     options = parser.parse_args()

@@ -98,7 +98,7 @@ _HELP: Final = {
     "change when other participants are added. kfold:5 draws fold0 to fold4 for cross-validation, and "
     "kfold:5,test=0.2 also a test set; default: the manifest's column split, or else all go to train",
     "stratify": "apply the shares of --split within each value of this column, such as site or diagnosis; "
-    "then the splits of the others stay the same only if new participants are appended to the manifest",
+    "participants then keep their splits only if new ones are appended to the manifest",
     "split_seed": "seed of --split; change it to draw different splits, as in repeated cross-validation; "
     "default: 0",
     "examples_per_shard": "largest number of examples in a shard; with --frames each, a shard still holds "
@@ -134,7 +134,7 @@ _HELP: Final = {
     "frame, as a separate example (ID_frame-0000, ID_frame-0001, …); each:N: every N frames, as channels of "
     "a separate example; first, or a number from 0: that "
     "frame; mean: the mean of the frames; default: 4-D images are refused",
-    "max_frames": "largest number of frames of an image, for --frames each of images that differ in it; "
+    "max_frames": "with --frames each, the largest number of frames of any image, if images differ in it; "
     "default: all images must have as many frames as the first",
     "complex": "what to store of a complex image. magnitude; phase, in radians; real-imag: both parts, as "
     "channels; default: complex images are refused",

@@ -197,7 +197,7 @@ def report(run: RunSummary, options: argparse.Namespace, beam_flags: list[str]) 
     for leak in leaks:
         logs.LOGGER.warning("%s", leak)
     if (more := summary.num_leaks - len(leaks)) > 0:
-        logs.LOGGER.warning("and %s of different splits", counted(more, "more pair"))
+        logs.LOGGER.warning("and %s in different splits", counted(more, "more pair"))
     with while_read():
         examples = counted(summary.num_examples, "example")
         outliers = counted(summary.num_outliers, "outlier")

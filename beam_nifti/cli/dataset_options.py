@@ -72,7 +72,7 @@ examples:
   beam-nifti relabel cohort/dataset cohort/manifest.tsv --label-column age,diagnosis
 
 The images are not needed. OUTPUT becomes the dataset that a build of MANIFEST gives, with the labels, splits,
-further columns and order of its rows. The same command continues one that was interrupted.
+further columns and order of its rows. The same command continues a change that was interrupted.
 
 """
 
@@ -168,7 +168,7 @@ def _add_relabel(commands: Commands) -> None:
     relabel.add_argument(
         "manifest",
         metavar="MANIFEST",
-        help="changed table: a row for each example of the dataset with the same id and images, in any order",
+        help="changed table: one row per example of the dataset, with the same id and images, in any order",
     )
     relabel.add_argument(
         "--label-column",

@@ -274,8 +274,8 @@ def _choose_by_voxels(found: Recognized, failing: Collection[int]) -> _Choices:
     if bad := [sample.nonfinite for sample in samples if sample.nonfinite]:
         choices["nonfinite"] = _Choice(
             "zero",
-            f"{len(bad)} of {of} whose voxels were read have NaN or infinite voxels, up to {max(bad):.2%}, "
-            "with which an image fails.",
+            f"{len(bad)} of {of} whose voxels were read have NaN or infinite voxels, at most "
+            f"{max(bad):.2%}. Without this option, such images fail.",
         )
     choices |= _choose_rescale(found, samples, of)
     if (most := max((sample.high for sample in labels), default=0)) > _MOST_LABEL:
@@ -365,7 +365,7 @@ def _undecided(found: Recognized, survey: Survey, manifest: str) -> dict[str, tu
     names = first_few(found.label_columns, _MOST_COLUMNS)
     if "label" not in columns and found.path:
         if names:
-            text = f"No labels. Name a column of {found.path} for them: {names}."
+            text = f"No labels. Columns of {found.path} that can be labels: {names}."
             left["labels"] = (text, f"label_column = {_toml(found.label_columns[0])}")
         else:
             left["labels"] = (f"No labels. For labels, add a column label to {found.path}.", "")

@@ -24,8 +24,9 @@ examples:
 
 The second command is the one that the first prints. FOLDER is a BIDS study, a dataset in the layout of the
 Medical Segmentation Decathlon or nnU-Net, or any folder of images, with or without a table that names them.
-Writes FOLDER.tsv, unless such a table is there, and FOLDER.toml: the options that its images call for, each
-with its reason, and what is left to decide. Reads the headers of all images, and the voxels of a few.
+Writes the manifest FOLDER.tsv, unless a table in FOLDER names the images, and FOLDER.toml: the options that
+the images call for, each with its reason, and what is left to decide. Reads the headers of all images, and
+the voxels of a few.
 
 """
 

@@ -96,8 +96,8 @@ def fold_shares(count: int, others: Mapping[str, float]) -> dict[str, float]:
     for name in others:
         if name in FOLD_PARTS or FOLD_PATTERN.fullmatch(name):
             raise UsageError(
-                f"--split names {name!r} besides kfold:{count}, of whose folds readers make train and "
-                "validation; use another name, such as test"
+                f"--split names {name!r} besides kfold:{count}, but readers use that name for folds; use "
+                "another name, such as test"
             )
     rest = 1 - math.fsum(others.values())
     if not rest > 0:

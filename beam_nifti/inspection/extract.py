@@ -99,7 +99,9 @@ class StoredVolume:
     def of_target(self) -> StoredVolume:
         """The target as a volume. A record without a target is a UsageError."""
         if self.target is None:
-            raise UsageError(f"record {self.example_id!r} has no target; build with a column of targets")
+            raise UsageError(
+                f"record {self.example_id!r} has no target; build the dataset with --target-column"
+            )
         return replace(self, voxels=self.target, scaling=Scaling())
 
     def on_source_grid(self) -> StoredVolume:

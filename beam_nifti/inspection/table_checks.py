@@ -286,6 +286,6 @@ def find_removed(files: Collection[str], info: DatasetInfo) -> Iterator[str]:
             name = shard.name if is_left else known.get(shard.sha256)
             if name is not None:
                 yield (
-                    f"{name}: holds records of withdrawn participants, and is not removed; give the same "
+                    f"{name}: holds records of withdrawn participants, and is not removed; run the same "
                     "`beam-nifti withdraw` again"
                 )

@@ -353,7 +353,7 @@ def _notes_on_use(cases: Sequence[_Case], channels: Sequence[str], columns: Sequ
     flags += [f"--mask-column {_MASK}"] if _MASK in columns else []
     if images == ["path"] and len(channels) > 1:
         flags.append("--frames all")
-        yield f"the channels of an image are {', '.join(channels)}, by {_FILE}"
+        yield f"the channels of an image are {', '.join(channels)}, according to {_FILE}"
     yield f"build the manifest with {' '.join(flags)}"
     without = Counter(case.split for case in cases if not case.mask)
     if _MASK in columns and without:

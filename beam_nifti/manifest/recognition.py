@@ -291,7 +291,7 @@ def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Reco
     if num < len(known):
         notes.append(f"not used: {counted(len(known) - num, 'image')} that {name} does not name")
     notes += [
-        f"not used: the column {column} of {name}, which is not the first of masks" for column in masks[1:]
+        f"not used: the column {column} of {name}; only the first column of masks is" for column in masks[1:]
     ]
     others = [each for each in table.column_names if each not in (*columns, *_KEYS, *_IDS, "split", "label")]
     found = Recognized(

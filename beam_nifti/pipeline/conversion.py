@@ -149,7 +149,7 @@ class Conversion:
                 remove_files(self.output, saved.written if saved else (), keep=())
                 SavedPlan.remove(self.output)
             raise OutputBusyError(
-                f"{self.old}: was rebuilt while it was converted; give the same command again"
+                f"{self.old}: was rebuilt while it was converted; run the same command again"
             )
 
     @contextlib.contextmanager

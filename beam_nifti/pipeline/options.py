@@ -102,7 +102,7 @@ class BuildOptions(TypedDict, total=False):
         voxel_dtype: "float32" (default), "float16", "bfloat16", "uint8", "native".
         frames: frames of 4-D images: "all", "each", "each:N" (clips of N frames), "first", "mean", or a
             number from 0. Default: 4-D images are refused.
-        max_frames: largest number of frames of an image, for frames="each" of images that differ in it.
+        max_frames: with frames="each", the largest number of frames of any image, if images differ in it.
             Default: every image has as many as the first.
         complex: how complex images are stored: "magnitude", "phase" (radians), "real-imag". Default: complex
             images are refused.

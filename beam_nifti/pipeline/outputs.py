@@ -75,7 +75,7 @@ def require_out(path: str, *, overwrite: bool, inputs: Mapping[str, str | None] 
     require_apart(path, "--out", inputs)
     storage.require_writable(storage.absolute(path), "--out")
     if not overwrite and storage.exists(storage.absolute(path)):
-        raise OutputError(f"{path}: already exists; choose another, or use --overwrite to replace it")
+        raise OutputError(f"{path}: already exists; choose another path, or use --overwrite to replace it")
 
 
 def refuse_own(manifest: str, output: str) -> None:

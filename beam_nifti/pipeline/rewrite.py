@@ -572,7 +572,7 @@ class Rewrite:
         output = self.output
         with holding(output):
             if read_content(output) != self.content:
-                raise OutputBusyError(f"{output}: was rebuilt meanwhile; give the same command again")
+                raise OutputBusyError(f"{output}: was rebuilt meanwhile; run the same command again")
             self._take_over(overwrite=overwrite, is_strict=is_strict)
             yield
 

@@ -162,7 +162,7 @@ def _require_columns(row: VolumeRow, config: RecordConfig) -> None:
     if len(row.files) != num_read:
         raise UsageError(
             f"{row.path}: the row has {counted(len(row.files), 'file')}, but LoadVolume reads {num_read}; "
-            "give it the channels, mask_dtype, masks and has_target of the row"
+            "give it the channels, mask_dtype, masks and has_target that match the row"
         )
 
 

@@ -167,9 +167,8 @@ class Comparison(NamedTuple):
             is_size = key != "unusual-intensity"
             if is_far(value, (low, middle, high), least_width=_LEAST_SPREAD * middle if is_size else 0.0):
                 unit = " mm" if is_size else ""
-                message = (
-                    f"{f'{what} ' if what else ''}{value:.6g}{unit}, half of all {low:.3g} to {high:.3g}"
-                )
+                shown = f"{f'{what} ' if what else ''}{value:.6g}{unit}"
+                message = f"{shown} (middle half of all: {low:.3g} to {high:.3g})"
                 found.append(Finding(key, image.row, example_id, message))
         if rare := [label for label in image.labels or () if label in self.rare_labels]:
             counts = [f"{label} (in {counted(self.rare_labels[label], 'mask')})" for label in rare]

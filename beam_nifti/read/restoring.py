@@ -39,8 +39,8 @@ def source_grid(name: str, cells: Mapping[str, Any]) -> Grid:
     affine = np.array(numbers, np.float64).reshape(4, 4)
     if not is_usable(affine) or min(shape) < 1:
         raise DatasetError(
-            f"{name}: source_shape {list(shape)} and source_affine of the index are those of no image; run "
-            "beam-nifti verify"
+            f"{name}: source_shape {list(shape)} and source_affine of the index do not describe an image; "
+            "run beam-nifti verify"
         )
     grid = Grid.of(shape, affine)
     try:

@@ -1,5 +1,5 @@
 """The format. Converts a volume to the bytes of its record and its row of the index, and back.
 
 For other folders: `example`, `tfrecord`, `tiles`, `index`, `shard_index`, `dataset_info`, `dataset_files`,
-`agreement`, `sharding`, `totals`, `versions` and `withdrawals`.
+`index_checks`, `agreement`, `sharding`, `totals`, `versions` and `withdrawals`.
 """

@@ -2,9 +2,9 @@
 
 For other folders: `volume` assembles an example; `preprocess` and `rescale` change it; `header`, `grid` and
 `intensity` determine the result without the voxels; `cohort` measures many examples. `files`, `compression`,
-`label_map`, `user_function`, `notes`, `nifti_writer` and `restoring` serve other folders too. `formats`,
-`geometry`, `mask` and `voxels` are private to this folder. Users import the names below from here; each is
-loaded on first use, because most modules do not require nibabel.
+`label_map`, `target`, `user_function`, `notes`, `nifti_writer` and `restoring` serve other folders too.
+`formats`, `geometry`, `mask` and `voxels` are private to this folder. Users import the names below from here;
+each is loaded on first use, because most modules do not require nibabel.
 """
 
 from __future__ import annotations

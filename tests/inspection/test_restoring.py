@@ -176,8 +176,8 @@ def test_a_dataset_without_sources_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "cell", "message"),
     [
-        ("source_affine", [0.0] * 16, "are those of no image; run beam-nifti verify"),
-        ("source_shape", [4, 0, 4], "are those of no image; run beam-nifti verify"),
+        ("source_affine", [0.0] * 16, "do not describe an image; run beam-nifti verify"),
+        ("source_shape", [4, 0, 4], "do not describe an image; run beam-nifti verify"),
         ("source_shape", [1 << 40, 1 << 40, 1], "does not fit into memory"),
     ],
 )

@@ -87,7 +87,7 @@ def test_one_file_of_several_channels(tmp_path: Path, capsys: Capture) -> None:
     root = decathlon(tmp_path, modality={"0": "FLAIR", "1": "T1w"})
     rows, notes = rows_of(capsys, "msd", str(root))
     assert "path" in rows[0]
-    assert "the channels of an image are FLAIR, T1w, by dataset.json" in notes
+    assert "the channels of an image are FLAIR, T1w, according to dataset.json" in notes
     assert "build the manifest with --id-column case_id --mask-column mask --frames all" in notes
 
 

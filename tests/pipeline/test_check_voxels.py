@@ -93,7 +93,7 @@ def test_what_voxels_show_is_reported(cohort: Path, check: Check) -> None:
         {"row": 29, "example_id": "odd", "message": "77 (in 1 mask)"}
     ]
     (spacing,) = report["notes"]["unusual-spacing"]["images"]
-    assert spacing["message"].split("; ")[2] == "inferior-superior 7.5 mm, half of all 2.5 to 2.5"
+    assert spacing["message"].split("; ")[2] == "inferior-superior 7.5 mm (middle half of all: 2.5 to 2.5)"
     survey = bn.check(cohort, voxels=True, mask_column="mask", max_bad_fraction=0.11, progress=False)
     assert survey.ok
     table = str(survey)

@@ -158,7 +158,7 @@ def test_the_same_command_continues_after_a_kill_at_any_point(
         assert ended.was_killed
         is_published = info_of(output).revision == 2
         found = bn.verify(output)
-        assert found or (is_published and "is not removed; give the same" in found.problems[0])
+        assert found or (is_published and "is not removed; run the same" in found.problems[0])
         bn.withdraw(output, "p1", manifest=study, progress=False)
         assert contents(output) == expected
         assert bn.verify(output, manifest=rest)

@@ -90,7 +90,7 @@ def test_folds_are_shares_of_equal_size() -> None:
         ("kfold:2=0.5", "--split names 'kfold:2'; use up to 128 letters"),
         (
             "kfold:2,train=0.5",
-            "names 'train' besides kfold:2, of whose folds readers make train and validation",
+            "names 'train' besides kfold:2, but readers use that name for folds",
         ),
         ("kfold:2,fold7=0.5", "names 'fold7' besides kfold:2"),
         ("kfold:2,test=1", "leaves the folds a share of 0; it must be above 0"),

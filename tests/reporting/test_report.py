@@ -385,7 +385,7 @@ def test_copies_are_found_by_voxels_whatever_the_header(by_site: tuple[ReportSum
         frozenset(["p05", "turned"]): False,
     }
     assert summary.num_leaks == sum(copy.is_leak for copy in summary.copies)
-    assert "of different splits" in page.texts["p"]
+    assert "of records in different splits" in page.texts["p"]
     rows = page.texts["th"] + page.texts["td"]
     assert all(rows.count(name) for name in ("p03", "header", "p05", "turned"))
 
