@@ -75,7 +75,8 @@ _HELP: Final = {
     "T1w,T2w,FLAIR, become the channels of one record: each is rescaled separately, and all must have the "
     "same voxel grid, unless --align is given; default: path",
     "mask_column": "column of label maps: images of whole numbers, on the voxel grid of the images unless "
-    "--align is given. They are prepared like the images, and stored without rescaling; default: none",
+    "--align is given. They are prepared like the images, and stored without rescaling. Those of several "
+    "comma-separated columns, such as organs,lesions, become the channels of one mask; default: none",
     "target_column": "column of images of real values that a network predicts for each voxel, such as dose "
     "maps, on the voxel grid of the images unless --align is given. They are prepared like the images, and "
     "stored as float32 without rescaling; default: none",
@@ -85,8 +86,8 @@ _HELP: Final = {
     "numbers, and class if none is. Default: the column label, if there is one",
     "missing_label": "what to do with rows whose label is empty, n/a or NaN. nan: store NaN, the class -1, "
     "or an empty string; skip: skip and count these rows; default: report an error",
-    "missing_mask": "what to do with rows whose cell of the mask is empty, n/a or NaN. empty: store a mask "
-    "of zeros; skip: skip and count these rows; default: report an error",
+    "missing_mask": "what to do with rows whose cell of a mask is empty, n/a or NaN. empty: store zeros in "
+    "its place; skip: skip and count these rows; default: report an error",
     "id_column": "column with a unique name for each example; default: participant_id, joined with "
     "session_id if there is one, or else the path",
     "anonymous_ids": "replace participant_id, session_id, ids and paths with keyed hashes. The file must "

@@ -135,8 +135,9 @@ def _with_columns(record: RecordConfig, columns: Columns) -> RecordConfig:
             "--mask-column or --target-column, or drop --align"
         )
     channels = columns.paths if len(columns.paths) > 1 else None
+    masks = columns.masks if len(columns.masks) > 1 else None
     has_target = True if columns.target is not None else None
-    record = replace(record, channels=channels, mask_dtype=mask_dtype, has_target=has_target)
+    record = replace(record, channels=channels, mask_dtype=mask_dtype, masks=masks, has_target=has_target)
     record.require_own_statistics()
     return record
 

@@ -68,11 +68,12 @@ class Columns:
         label: NAME or NAME:KIND of a column of finite numbers or texts, or several separated by commas, such
             as "age:float,sex"; None uses the column `label` if there is one.
         id: column of example ids; None means `participant_id` (with `session_id`), otherwise the path.
-        mask: column of paths of label maps; None if there are no masks.
+        mask: column of paths of label maps; None if there are no masks. Several columns, separated by commas,
+            are the channels of an example's mask.
         missing_label: how to handle a row without a label: "nan" stores NaN, the class -1, or an empty
             string; "skip" skips the row; None refuses it.
-        missing_mask: how to handle a row whose cell of the mask is empty, n/a or NaN: "empty" stores a mask
-            of zeros; "skip" skips the row; None refuses it.
+        missing_mask: how to handle a row whose cell of a mask is empty, n/a or NaN: "empty" stores zeros in
+            its place; "skip" skips the row; None refuses it.
         target: column of paths of images of real values to predict; None if there are none.
     """
 
@@ -87,9 +88,13 @@ class Columns:
     def __post_init__(self) -> None:
         """Refuse empty names, unknown kinds, and a column with two roles."""
         files = self.files
-        if "" in files:
+        if "" in self.paths:
             raise UsageError(
                 f"--path-column is {self.path!r}; give the name of each column, such as T1w,FLAIR"
+            )
+        if "" in self.masks:
+            raise UsageError(
+                f"--mask-column is {self.mask!r}; give the name of each column, such as organs,lesions"
             )
         for name in {name for name in files if files.count(name) > 1}:
             flags = "--path-column, --mask-column and --target-column"
@@ -111,9 +116,14 @@ class Columns:
         return tuple(self.path.split(","))
 
     @property
+    def masks(self) -> tuple[str, ...]:
+        """The columns of the masks; empty if there are none."""
+        return () if self.mask is None else tuple(self.mask.split(","))
+
+    @property
     def files(self) -> tuple[str, ...]:
-        """The columns of all files of an example: its images, its mask and its target."""
-        return (*self.paths, *(name for name in (self.mask, self.target) if name is not None))
+        """The columns of all files of an example: its images, its masks and its target."""
+        return (*self.paths, *self.masks, *([] if self.target is None else [self.target]))
 
     @property
     def labels(self) -> tuple[LabelColumn, ...]:

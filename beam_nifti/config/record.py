@@ -63,6 +63,7 @@ LATER_OPTIONS: Final = (
     "rescale_split",
     "rescale_stats",
     "has_target",
+    "masks",
 )
 """Options that dataset_info.json contains only if they are given, as it did before they existed."""
 
@@ -96,7 +97,9 @@ class RecordConfig:
         preprocess_sha256: sha256 of the file that defines the function of `preprocess`, or a tuple of them.
         channels: columns of the images that are the channels of a record, in order; None if a record has a
             single image.
-        mask_dtype: dtype of the label map of every record; None if there are no masks.
+        mask_dtype: dtype of the label maps of every record; None if there are no masks.
+        masks: columns of the label maps that are the channels of a record's mask, in order; None if it has a
+            single one.
         has_target: whether every record has a target, an image of real values to predict; None if not.
         labels: columns whose values have features of their own, with kinds and classes; None if there is
             only the feature `label`.
@@ -132,6 +135,7 @@ class RecordConfig:
     shape: tuple[int, int, int] | None = None
     channels: tuple[str, ...] | None = None
     mask_dtype: str | None = None
+    masks: tuple[str, ...] | None = None
     map_labels: str | None = None
     has_target: bool | None = None
     labels: tuple[LabelColumn, ...] | None = None
@@ -145,7 +149,7 @@ class RecordConfig:
             object.__setattr__(self, "reference", ReferenceGrid(**self.reference))
         if self.spacing is not None:
             object.__setattr__(self, "spacing", tuple(map(float, self.spacing)))
-        for name in ("resize", "shape", "channels"):
+        for name in ("resize", "shape", "channels", "masks"):
             if (values := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(values))
         if isinstance(self.rescale_stats, dict):
@@ -428,11 +432,6 @@ class RecordConfig:
         return {} if self.map_labels is None else parse_label_map(self.map_labels)
 
     @property
-    def num_masks(self) -> int:
-        """Masks per record."""
-        return int(self.mask_dtype is not None)
-
-    @property
     def num_files(self) -> int:
         """Images, masks and targets per record."""
         return self.num_channels + self.num_masks + int(self.has_target or False)
@@ -441,6 +440,16 @@ class RecordConfig:
     def num_channels(self) -> int:
         """Images per record. Each is rescaled on its own."""
         return len(self.channels or (None,))
+
+    @property
+    def num_masks(self) -> int:
+        """Label maps per record."""
+        return 0 if self.mask_dtype is None else len(self.masks or (None,))
+
+    @property
+    def mask_axes(self) -> tuple[int, ...]:
+        """The axis that a record's mask has besides x, y and z: none, unless there are several label maps."""
+        return () if self.masks is None else (self.num_masks,)
 
     def required_shape(self, shape: tuple[int, ...] | None) -> tuple[int | None, ...] | None:
         """The shape that every volume of a dataset must have; None, or None for an axis, if it may differ.

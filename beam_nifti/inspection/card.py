@@ -114,7 +114,7 @@ def _feature_rows(info: DatasetInfo) -> Iterator[str]:
         kind, size = split_kind(of_feature)
         if name in tensors:
             dtype, axes = tensors[name]
-            row = name, f"tensor of {dtype}", size_text(axes) if axes else "varies"
+            row = name, f"tensor of {dtype}", size_text(axes) if shape else "varies"
         elif kind == "bytes":
             row = name, kind, ""
         else:

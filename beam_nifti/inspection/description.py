@@ -75,8 +75,10 @@ def describe(output: str, info: DatasetInfo) -> dict[str, Any]:
     dtypes, shapes, totals = Counter[str](), Counter[str](), RecordTotals()
     for _, _, table in read_indexes(output, info):
         totals += RecordTotals.of(table)
-        if columns.missing_mask == "empty" and extra_column(columns.mask or "") in table.column_names:
-            num_unmasked += sum(not cell for cell in table[extra_column(columns.mask or "")].to_pylist())
+        masks = [name for name in map(extra_column, columns.masks) if name in table.column_names]
+        if columns.missing_mask == "empty" and masks:
+            rows = zip(*(table[name].to_pylist() for name in masks), strict=True)
+            num_unmasked += sum(not all(cells) for cells in rows)
         labels.add(table["label"])
         for of_label in of_labels:
             of_label.add(table)
@@ -312,6 +314,8 @@ def _dataset_rows(d: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             counted(replaced["num_examples"], "example"),
         )
         yield "not finite", f"{voxels} of {examples}, replaced"
+    if config.get("masks"):
+        yield "masks", ", ".join(config["masks"])
     if d["mask_labels"] is not None:
         yield "mask labels", " ".join(map(str, d["mask_labels"])) or "none"
     if "num_unmasked" in d:

@@ -51,8 +51,8 @@ class StoredVolume:
         scaling: scaling from `voxels` to the image's units; for native voxels, that of the image's header.
         affine: float64 (4, 4), voxel indices to millimetres in RAS+.
         zooms: voxel size along each axis, in millimetres, as in the affine.
-        mask: labels of the voxels, uint8 or uint16 of shape (X, Y, Z), read-only; None if the dataset has no
-            masks.
+        mask: labels of the voxels, uint8 or uint16 of shape (X, Y, Z), or (X, Y, Z, C) if a record has
+            several masks, read-only; None if the dataset has no masks.
         target: values to predict, in their own units, float32 of shape (X, Y, Z), read-only; None if the
             dataset has no targets.
         source_shape: shape of the image that the record was made of; None if the index does not have it.

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from beam_nifti.config import MOST_FRAMES, Columns, RecordConfig
+from beam_nifti.config import MOST_FRAMES, RecordConfig
 from beam_nifti.errors import UsageError, VolumeError
 from beam_nifti.inspection.rebuilding import require_functions, require_same_content
 from beam_nifti.manifest.manifest import VolumeRow
@@ -43,7 +43,7 @@ class PreparedVolume:
     Attributes:
         image: float32 of shape (X, Y, Z, C), or (C, X, Y, Z) with `channels_first`, C order: what
             `Dataset` and `load_dataset` return as "image". It may share memory with `volume`.
-        mask: labels of shape (X, Y, Z, 1), or (1, X, Y, Z) with `channels_first`, as `Dataset` returns
+        mask: labels of shape (X, Y, Z, C), or (C, X, Y, Z) with `channels_first`, as `Dataset` returns
             them; None if no mask was given.
         target: float32 of shape (X, Y, Z, 1), or (1, X, Y, Z) with `channels_first`; None if no target was
             given.
@@ -157,13 +157,18 @@ class Preparation:
     @property
     def channels(self) -> tuple[str, ...]:
         """The columns of the images of a record, in the order in which `apply` takes them."""
-        return Columns(**self.info.config["columns"]).paths
+        return self.info.columns.paths
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The columns of the masks of a record, in the order in which `apply` takes them."""
+        return self.info.columns.masks
 
     def apply(
         self,
         image: Path | Sequence[Path],
         *,
-        mask: Path | None = None,
+        mask: Path | Sequence[Path] | None = None,
         target: Path | None = None,
         frame: SupportsIndex | None = None,
     ) -> PreparedVolume:
@@ -172,8 +177,8 @@ class Preparation:
         Args:
             image: path or URL of the image; a list of paths, in the order of `channels`, if a record has
                 several images.
-            mask: path or URL of a label map, if the dataset has masks. It is required only where the options
-                of the dataset use it.
+            mask: path or URL of a label map, if the dataset has masks; a list of paths, in the order of
+                `masks`, if a record has several. It is required only where the options of the dataset use it.
             target: path or URL of an image to predict, if the dataset has targets; for validation.
             frame: number from 0 of the frame to prepare, or of the first frame of the clip; required if each
                 frame, or each clip of frames, became a record of the dataset.
@@ -184,8 +189,8 @@ class Preparation:
         Raises:
             VolumeError: a file is missing or cannot be a record of this dataset: the reason for which a build
                 would list it as failed.
-            UsageError: there are too few or too many images, or `mask` or `frame` is missing, or `mask`,
-                `target` or `frame` has no effect.
+            UsageError: there are too few or too many images or masks, or `mask` or `frame` is missing, or
+                `mask`, `target` or `frame` has no effect.
             OSError: a disk or a store failed.
         """
         row = self._row_of(image, mask, target)
@@ -212,10 +217,12 @@ class Preparation:
                 f"{row.path}: {found} voxels, but the records of {self.dataset} hold {self.info.dtype} as in "
                 "their files; convert the image"
             )
-        ends = list(volume.rescale_ranges) or None
+        ends, labels = list(volume.rescale_ranges) or None, volume.mask
+        if labels is not None and not config.mask_axes:
+            labels = labels[..., np.newaxis]
         return PreparedVolume(
             self._as_read(restore_image(volume.voxels, config, volume.scaling, ends)),
-            None if volume.mask is None else self._as_read(volume.mask[..., np.newaxis]),
+            None if labels is None else self._as_read(labels),
             volume.affine,
             np.array(volume.zooms),
             volume,
@@ -224,7 +231,7 @@ class Preparation:
         )
 
     def _config_for(
-        self, mask: Path | None, target: Path | None, frame: SupportsIndex | None
+        self, mask: Path | Sequence[Path] | None, target: Path | None, frame: SupportsIndex | None
     ) -> RecordConfig:
         config = self.info.record_config
         if target is None:
@@ -264,7 +271,7 @@ class Preparation:
                 raise UsageError(
                     f'mask is missing: {self.dataset} was built with {name}="mask"; give the mask'
                 )
-        return replace(config, mask_dtype=None)
+        return replace(config, mask_dtype=None, masks=None)
 
     def _load(self, row: VolumeRow, shape: tuple[int | None, ...] | None, config: RecordConfig) -> Volume:
         try:
@@ -279,18 +286,24 @@ class Preparation:
                     ) from None
             raise
 
-    def _row_of(self, image: Path | Sequence[Path], mask: Path | None, target: Path | None) -> VolumeRow:
-        images = [*image] if isinstance(image, list | tuple) else [image]
-        if len(images) != len(self.channels):
-            raise UsageError(
-                f"image has {counted(len(images), 'path')}, but a record of {self.dataset} has "
-                f"{counted(len(self.channels), 'image')}: {', '.join(self.channels)}; give one path for each"
-            )
-        first, *others = (storage.absolute(storage.path_text("image", path)) for path in images)
-        for name, path in (("mask", mask), ("target", target)):
-            if path is not None:
-                others.append(storage.absolute(storage.path_text(name, path)))
+    def _row_of(
+        self, image: Path | Sequence[Path], mask: Path | Sequence[Path] | None, target: Path | None
+    ) -> VolumeRow:
+        first, *others = self._paths_of("image", image, self.channels)
+        if mask is not None and self.masks:
+            others += self._paths_of("mask", mask, self.masks)
+        if target is not None:
+            others.append(storage.absolute(storage.path_text("target", target)))
         return VolumeRow(1, first, first, other_files=tuple(others))
+
+    def _paths_of(self, what: str, given: Path | Sequence[Path], columns: Sequence[str]) -> list[str]:
+        paths = [*given] if isinstance(given, list | tuple) else [given]
+        if len(paths) != len(columns):
+            raise UsageError(
+                f"{what} has {counted(len(paths), 'path')}, but a record of {self.dataset} has "
+                f"{counted(len(columns), what)}: {', '.join(columns)}; give one path for each"
+            )
+        return [storage.absolute(storage.path_text(what, path)) for path in paths]
 
     def _as_read(self, volume: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.ascontiguousarray(np.moveaxis(volume, -1, 0)) if self.channels_first else volume

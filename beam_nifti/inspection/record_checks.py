@@ -132,7 +132,7 @@ def check_record(payload: bytes, cells: Mapping[str, Any], spec: RecordSpec) -> 
     if spec.config.nonfinite is not None and min(as_list(cells["num_nonfinite"]), default=0) < 0:
         yield f"the index has num_nonfinite {cells['num_nonfinite']}, which is below 0"
     if spec.config.mask_dtype is not None:
-        yield from _check_mask(features, cells, voxels.shape[:3], spec.config)
+        yield from _check_mask(features, cells, voxels.shape[:3] + spec.config.mask_axes, spec.config)
     if spec.config.has_target:
         yield from _check_target(features, cells, voxels.shape[:3])
 

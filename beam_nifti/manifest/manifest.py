@@ -39,7 +39,7 @@ class VolumeRow:
         extras: values of the extra columns, in the order of `Manifest.extra_columns`.
         shard: file name of its shard.
         unit: number of its work unit in the shard; WHOLE_SHARD if there is only one.
-        other_files: paths of the other images of the example, then of its mask and of its target, as in the
+        other_files: paths of the other images of the example, then of its masks and of its target, as in the
             manifest; "" for a mask that is empty because there is none, and for a target that is missing.
         pseudonyms: pseudonym of each of its paths, if ids are anonymous.
         labels: name and value of each label with a feature of its own.
@@ -78,7 +78,7 @@ class VolumeRow:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Paths of the images, and of the mask and the target if there are any."""
+        """Paths of the images, and of the masks and the target if there are any."""
         return (self.path, *self.other_files)
 
     @property
@@ -157,7 +157,7 @@ class Manifest:
         names: ids as in the manifest, by column, if ids are anonymous.
         version_key: `Pseudonyms.version_key` if ids are anonymous; otherwise "".
         lacks_label: rows that lack one of the labels; None without labels.
-        lacks_mask: rows that lack the mask; None without masks.
+        lacks_mask: rows that lack a mask; None without masks.
         warnings: about suspicious or changed contents.
     """
 

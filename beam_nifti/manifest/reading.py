@@ -67,8 +67,8 @@ def read_manifest(
     problems.stop()
     if columns.label is None and "label" in table.column_names:
         columns = dataclasses.replace(columns, label="label")
-    table, lacks_mask = _find_missing(table, columns.mask)
-    table, _ = _find_missing(table, columns.target)  # a row without one fails alone
+    table, lacks_mask = _find_missing(table, columns.masks)
+    table, _ = _find_missing(table, () if columns.target is None else (columns.target,))  # which fails alone
     paths = {name: table[name] for name in columns.files}
     _refuse_names(table, columns, problems, may_be_long=is_list)
     people = table["participant_id"].combine_chunks() if "participant_id" in table.column_names else None
@@ -145,7 +145,7 @@ def _check_columns(
     present = ", ".join(table.column_names) or "none"
     for name, flag in (
         *((name, "--path-column") for name in columns.paths),
-        (columns.mask, "--mask-column"),
+        *((name, "--mask-column") for name in columns.masks),
         (columns.target, "--target-column"),
         *((column.name, "--label-column") for column in columns.labels),
         (columns.id, "--id-column"),
@@ -176,21 +176,26 @@ def _check_columns(
         )
 
 
-def _find_missing(table: pa.Table, column: str | None) -> tuple[pa.Table, npt.NDArray[np.bool_] | None]:
-    """A table whose missing cells of a column of masks or targets are empty; and which they are."""
-    if column is None:
-        return table, None
-    cells = table[column].combine_chunks()
-    lacks = np.fromiter(map(is_missing, strings(cells)), np.bool_, len(cells))
-    at = table.column_names.index(column)
-    return table.set_column(at, column, pc.if_else(pa.array(lacks), "", cells)), lacks
+def _find_missing(table: pa.Table, columns: Sequence[str]) -> tuple[pa.Table, npt.NDArray[np.bool_] | None]:
+    """A table whose missing cells of columns of masks or targets are empty; and which rows have any.
+
+    The latter is None if there are no such columns.
+    """
+    lacking = None
+    for name in columns:
+        cells = table[name].combine_chunks()
+        lacks = np.fromiter(map(is_missing, strings(cells)), np.bool_, len(cells))
+        at = table.column_names.index(name)
+        table = table.set_column(at, name, pc.if_else(pa.array(lacks), "", cells))
+        lacking = lacks if lacking is None else lacking | lacks
+    return table, lacking
 
 
 def _refuse_names(table: pa.Table, columns: Columns, problems: Problems, *, may_be_long: bool) -> None:
     """Refuse long ids, and paths that are empty, that no system opens, or that this process cannot spell."""
     is_limited = sys.getfilesystemencoding() != "utf-8"
     for name in columns.files:
-        what = {columns.mask: "mask", columns.target: "target"}.get(name, "image")
+        what = "mask" if name in columns.masks else "target" if name == columns.target else "image"
         for i, text in enumerate(strings(table[name])):
             if not text:
                 if what == "image" or (what == "mask" and columns.missing_mask is None):

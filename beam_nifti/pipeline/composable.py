@@ -180,8 +180,10 @@ class LoadVolume(_Step):
         complex: how complex voxels are stored, as in `BuildOptions`; None refuses them.
         channels: names of the columns of the images that are the channels of a record, in the order of
             `Columns.path`; None for one image.
-        mask_dtype: dtype of the label map that follows each row's images, as named by `Columns.mask`; None if
+        mask_dtype: dtype of the label maps that follow each row's images, as named by `Columns.mask`; None if
             rows have none.
+        masks: names of the columns of the label maps that are the channels of a mask, in the order of
+            `Columns.mask`; None for one label map.
         has_target: whether each row's last file is a target, as named by `Columns.target`.
         map_labels: labels of masks that become others, as in `BuildOptions`.
         nonfinite: what becomes of NaN and infinite voxels, as in `BuildOptions`; None leaves them. With
@@ -206,6 +208,7 @@ class LoadVolume(_Step):
         complex: str | None = None,
         channels: Names | None = None,
         mask_dtype: str | None = None,
+        masks: Names | None = None,
         has_target: bool = False,
         map_labels: StrPath | Mapping[Any, SupportsIndex] | None = None,
         nonfinite: Rule | None = None,
@@ -220,6 +223,7 @@ class LoadVolume(_Step):
             "complex": complex,
             "path_column": channels,
             "mask_dtype": mask_dtype,
+            "mask_column": masks,
             "map_labels": map_labels,
             "nonfinite": nonfinite,
             "align": align,
@@ -227,11 +231,13 @@ class LoadVolume(_Step):
             "mask_interpolation": mask_interpolation,
             "antialias": antialias,
         }
-        with naming_parameters(path_column="channels"):
+        with naming_parameters(path_column="channels", mask_column="masks"):
             config = make_record_config(given)
         config = replace(config, has_target=True if read_switch("has_target", has_target) else None)
         if config.map_labels is not None and config.mask_dtype is None:
             raise UsageError("map_labels maps labels of masks; give mask_dtype too, or drop it")
+        if masks is not None and config.mask_dtype is None:
+            raise UsageError("masks names the columns of masks; give mask_dtype too, or drop it")
         if config.splits_frames:
             raise UsageError(
                 f"frames is {config.frames!r}, which makes several records per row, and only a build can "

@@ -32,7 +32,7 @@ from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted
 from beam_nifti.volume.user_function import source_sha256
 
-DERIVED: Final = frozenset({"fingerprint", "channels", "has_target"})
+DERIVED: Final = frozenset({"fingerprint", "channels", "masks", "has_target"})
 """Fields of a configuration that follow from others."""
 
 NOT_GIVEN: Final = "not given"
@@ -166,8 +166,9 @@ def _record_of(options: Mapping[str, Any]) -> RecordConfig:
         record["rescale_stats"] = read_statistics(path)
     if record.get("orientation") == "native":
         del record["orientation"]
-    paths = Columns(options.get("path_column", "path")).paths
-    return RecordConfig(**record, channels=paths if len(paths) > 1 else None)
+    columns = Columns(options.get("path_column", "path"), mask=options.get("mask_column"))
+    channels, masks = (names if len(names) > 1 else None for names in (columns.paths, columns.masks))
+    return RecordConfig(**record, channels=channels, masks=masks)
 
 
 def _beneath(options: Mapping[str, Any], lower: Mapping[str, Any]) -> dict[str, Any]:

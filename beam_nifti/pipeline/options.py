@@ -65,15 +65,15 @@ class BuildOptions(TypedDict, total=False):
 
     Attributes:
         path_column: column of image paths; several columns are the channels of one record. Default: "path".
-        mask_column: column of paths of label maps, on the voxel grid of the images unless `align` is given.
-            Default: no masks.
+        mask_column: column of paths of label maps, on the voxel grid of the images unless `align` is given;
+            several columns are the channels of one mask. Default: no masks.
         target_column: column of paths of images of real values to predict, on the voxel grid of the images
             unless `align` is given. They are prepared like the images, and stored as float32 without
             rescaling. Default: no targets.
         label_column: NAME, or NAME:KIND with the kind float, class or string; each of several becomes a
             feature of its own. Default: the column "label", if there is one.
         missing_label: rows without a label: "nan" stores NaN, "skip" skips them. Default: an error.
-        missing_mask: rows without a mask: "empty" stores zeros, "skip" skips them. Default: an error.
+        missing_mask: rows that lack a mask: "empty" stores zeros, "skip" skips them. Default: an error.
         id_column: column of unique example ids. Default: participant_id with session_id, else the path.
         anonymous_ids: file of the key that replaces ids and paths by pseudonyms. Default: names are kept.
         split: share of the participants by split, such as {"train": 0.8, "test": 0.2}; or "kfold:5" for
@@ -142,7 +142,7 @@ class BuildOptions(TypedDict, total=False):
     """
 
     path_column: Names | None
-    mask_column: str | None
+    mask_column: Names | None
     target_column: str | None
     label_column: Names | None
     missing_label: str | None
@@ -519,7 +519,7 @@ def _read_step(step: Any) -> str:
 
 OPTIONS: Final[Mapping[str, Option]] = {
     "path_column": Option(_read_names, metavar="NAME"),
-    "mask_column": Option(_read_text, metavar="NAME"),
+    "mask_column": Option(_read_names, metavar="NAME"),
     "target_column": Option(_read_text, metavar="NAME"),
     "label_column": Option(_read_names, metavar="NAME[:KIND],…"),
     "missing_label": _one_of(MISSING_LABELS),

@@ -286,7 +286,8 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
         raise VolumeError(
             f"its feature label is {kinds['label']}, expected one float; use another name for other values"
         )
-    mask, target = (_beside(features, name, voxels.shape[:_SPACE_AXES]) for name in _TENSOR_DTYPES)
+    space, mask_axes = voxels.shape[:_SPACE_AXES], record.config.mask_axes if record.config else ()
+    mask, target = _beside(features, "mask", space + mask_axes), _beside(features, "target", space)
     require_readable(len(record.example), (voxels, mask, target))
     label = features.get("label")
     number = None if label is None or np.isnan(label[0]) else float(label[0])
@@ -327,14 +328,14 @@ def _examine(record: Record) -> tuple[Traits, dict[str, object]]:
     return traits, cells
 
 
-def _beside(features: Mapping[str, Any], name: str, space: tuple[int, ...]) -> npt.NDArray[Any] | None:
+def _beside(features: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
     """The mask or the target of an Example; None if it has none."""
     if (feature := _TENSORS[name]) not in features:
         return None
     tensor, dtypes = _tensor(features, feature), _TENSOR_DTYPES[name]
-    if tensor.shape != space or tensor.dtype.name not in dtypes:
+    if tensor.shape != shape or tensor.dtype.name not in dtypes:
         raise VolumeError(
-            f"its {name} is {tensor.dtype.name} of {tensor.shape}, expected {' or '.join(dtypes)} of {space}"
+            f"its {name} is {tensor.dtype.name} of {tensor.shape}, expected {' or '.join(dtypes)} of {shape}"
         )
     return tensor
 

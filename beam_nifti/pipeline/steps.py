@@ -162,24 +162,26 @@ def _require_columns(row: VolumeRow, config: RecordConfig) -> None:
     if len(row.files) != num_read:
         raise UsageError(
             f"{row.path}: the row has {counted(len(row.files), 'file')}, but LoadVolume reads {num_read}; "
-            "give it the channels, mask_dtype and has_target that match the row"
+            "give it the channels, mask_dtype, masks and has_target that match the row"
         )
 
 
 def _require_same_columns(path: str, columns: Columns, config: RecordConfig) -> None:
-    images, mask, has_mask = columns.paths, columns.mask, config.mask_dtype is not None
-    channels, has_target = images if len(images) > 1 else None, columns.target is not None
-    if (channels, mask is not None, has_target) == (config.channels, has_mask, bool(config.has_target)):
+    channels, masks = (names if len(names) > 1 else None for names in (columns.paths, columns.masks))
+    has_target, expected = columns.target is not None, (config.channels, config.masks, config.num_masks)
+    if (channels, masks, len(columns.masks), has_target) == (*expected, bool(config.has_target)):
         return
     given: dict[str, object] = {
         "channels": channels,
-        "mask_dtype": mask and (config.mask_dtype or MASK_DTYPES[0]),
+        "mask_dtype": (config.mask_dtype or MASK_DTYPES[0]) if columns.masks else None,
+        "masks": masks,
         "has_target": has_target or None,
     }
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-    beside = {"mask": mask, "target": columns.target}
-    named = [*map(repr, images), *(f"{name!r} ({role})" for role, name in beside.items() if name is not None)]
-    read = [*(map(repr, config.channels) if config.channels else ["one image"]), *["a mask"] * has_mask]
+    named = [*map(repr, columns.paths), *(f"{name!r} (mask)" for name in columns.masks)]
+    named += [f"{columns.target!r} (target)"] * has_target
+    read = [*map(repr, config.channels)] if config.channels else ["one image"]
+    read += [f"{name!r} (mask)" for name in config.masks] if config.masks else ["a mask"] * config.num_masks
     read += ["a target"] * bool(config.has_target)
     raise UsageError(
         f"{path}: ReadManifest names the columns {', '.join(named)}, but LoadVolume reads {', '.join(read)}; "

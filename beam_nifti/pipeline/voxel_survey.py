@@ -248,8 +248,8 @@ def _measure(volume: Volume, record: RecordConfig, shape: tuple[int | None, ...]
     ]
     if num_nonfinite := sum(volume.num_nonfinite) + volume.target_nonfinite:
         findings.append(Finding("nonfinite", row.row, row.example_id, counted(num_nonfinite, "voxel")))
-    has_mask = volume.mask is not None and row.files[record.num_channels]
-    labels = tuple(sorted(cohort.labels)) if has_mask else None
+    masks = row.files[record.num_channels : record.num_channels + record.num_masks]
+    labels = tuple(sorted(cohort.labels)) if any(masks) else None
     notes, shape_of_record = volume.notes, volume.voxels.shape
     if not record.is_of_cohort or record.rescale_stats is not None:
         notes = rescale_volume(volume, record).notes

@@ -148,7 +148,7 @@ class WritePlan:
         columns = Columns(
             path=",".join(config.channels or ("path",)),
             label="label" if traits.labelled else None,
-            mask="mask" if config.mask_dtype else None,
+            mask=",".join(config.masks or ("mask",)) if config.mask_dtype else None,
             target="target" if config.has_target else None,
         )
         build = BuildConfig(

@@ -216,7 +216,7 @@ def _describe(
 ) -> Column:
     if TENSOR_FEATURES.get(name) in info.features:
         dtype = tf.int32 if name == "mask" else tf.float32
-        channels = num_channels if name == "image" else 1
+        channels = {"image": num_channels, "mask": info.record_config.num_masks}.get(name, 1)
         return Column(name, dtype, (channels, *space) if channels_first else (*space, channels))
     if name in _OF_RECORDS:
         return _OF_RECORDS[name]

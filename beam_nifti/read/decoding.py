@@ -97,12 +97,13 @@ def restore_image(
 
 
 def decode_mask(features: Features, shape: tuple[int, ...], info: DatasetInfo) -> npt.NDArray[Any]:
-    """The labels of a record's mask, of shape (X, Y, Z, 1), in their stored dtype.
+    """The labels of a record's masks, of shape (X, Y, Z, C), in their stored dtype.
 
     Raises:
         ShardError: they do not match `shape` and `info`.
     """
-    return _plain_tensor(features, MASK_FEATURE, info.record_config.mask_dtype, shape)
+    config = info.record_config
+    return _plain_tensor(features, MASK_FEATURE, config.mask_dtype, shape[:3] + config.mask_axes)
 
 
 def decode_target(features: Features, shape: tuple[int, ...], info: DatasetInfo) -> npt.NDArray[Any]:
@@ -111,16 +112,16 @@ def decode_target(features: Features, shape: tuple[int, ...], info: DatasetInfo)
     Raises:
         ShardError: they do not match `shape` and `info`.
     """
-    return _plain_tensor(features, TARGET_FEATURE, TARGET_DTYPE, shape)
+    return _plain_tensor(features, TARGET_FEATURE, TARGET_DTYPE, shape[:3])
 
 
 def _plain_tensor(
     features: Features, name: str, dtype: str | None, shape: tuple[int, ...]
 ) -> npt.NDArray[Any]:
     tensor = _tensor(features, name)
-    if tensor.dtype.name != dtype or tensor.shape != shape[:3]:
+    if tensor.dtype.name != dtype or tensor.shape != shape:
         raise ShardError(f"its {name} is {tensor.dtype.name} of {tensor.shape}")
-    return tensor[..., np.newaxis]
+    return tensor if tensor.ndim == 4 else tensor[..., np.newaxis]
 
 
 def decode_feature(features: Features, name: str, info: DatasetInfo) -> Any:

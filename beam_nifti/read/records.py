@@ -145,7 +145,8 @@ class Records:
         dtype = info.record_config.mask_dtype if name == "mask" else "float32"
         if info.shape is None:
             return f"{name} {dtype} of mixed shapes"
-        *space, channels = (*info.shape, 1)[:4] if name == "image" else (*info.shape[:3], 1)
+        num_masks = info.record_config.num_masks if name == "mask" else 1
+        *space, channels = (*info.shape, 1)[:4] if name == "image" else (*info.shape[:3], num_masks)
         return f"{name} {dtype} {(channels, *space) if self.channels_first else (*space, channels)}"
 
     def rows_of(self, parts: Sequence[SplitPart]) -> Rows:

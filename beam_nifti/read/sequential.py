@@ -210,7 +210,7 @@ def _parser(
     wanted: dict[str, tf.io.FixedLenFeature] = {}
     for column in columns:
         wanted |= _features_of(column.name, info)
-    rescale = _native_rescaler(info)
+    rescale, mask_axes = _native_rescaler(info), info.record_config.mask_axes
 
     def place(volume: tf.Tensor, column: Column) -> tf.Tensor:
         return tf.ensure_shape(move_channels(volume) if channels_first else volume, column.shape)
@@ -224,8 +224,9 @@ def _parser(
             return place(values / 255.0 if info.dtype == "uint8" else values, column)
         if column.name == "mask":
             mask = tf.io.parse_tensor(features["mask_raw"], tf.as_dtype(info.config["mask_dtype"]))
-            mask = tf.ensure_shape(mask, (info.shape or (None,) * 3)[:3])
-            return place(tf.cast(mask, tf.int32)[..., tf.newaxis], column)
+            mask = tf.ensure_shape(mask, (*(info.shape or (None,) * 3)[:3], *mask_axes))
+            mask = mask if mask_axes else mask[..., tf.newaxis]
+            return place(tf.cast(mask, tf.int32), column)
         if TENSOR_FEATURES.get(column.name) in info.features:
             target = tf.io.parse_tensor(features[TARGET_FEATURE], tf.float32)
             target = tf.ensure_shape(target, (info.shape or (None,) * 3)[:3])

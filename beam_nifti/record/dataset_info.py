@@ -485,6 +485,8 @@ def _check(info: DatasetInfo, is_complete: bool) -> None:
             raise ValueError(f"features.{feature} is {kind!r}, expected float, int64 or bytes, or float[N]")
     if info.mask_labels is not None and (record.mask_dtype is None or "mask_raw" not in info.features):
         raise ValueError("mask_labels are given, but the records have no masks")
+    if record.masks is not None and record.mask_dtype is None:
+        raise ValueError(f"config.masks is {list(record.masks)}, but the records have no masks")
     if record.map_labels is not None and record.mask_dtype is None:
         raise ValueError(f"config.map_labels is {record.map_labels!r}, but the records have no masks")
     if record.has_target and not ("target_raw" in info.features and columns.target is not None):
@@ -550,8 +552,8 @@ def _check_counts(info: DatasetInfo) -> None:
 
 
 def _check_names(info: DatasetInfo) -> None:
-    """Refuse columns and features without a name, and channels that are not the columns of the images."""
-    columns, channels = info.config["columns"], info.record_config.channels
+    """Refuse columns and features without a name, and channels that are not the columns of the files."""
+    columns, roles = info.config["columns"], Columns(**info.config["columns"])
     for what, names in {
         "config.columns": [name for name in columns.values() if name is not None],
         "manifest.columns": info.manifest["columns"],
@@ -562,10 +564,11 @@ def _check_names(info: DatasetInfo) -> None:
             raise ValueError(f"{what} has an empty name")
         if len(names) > _MOST_NAMES:
             raise ValueError(f"{what} has {len(names):,} names, expected at most {_MOST_NAMES:,}")
-    if channels is not None and channels != Columns(**columns).paths:
-        raise ValueError(
-            f"config.channels is {list(channels)}, but config.columns.path is {columns['path']!r}"
-        )
+    for name, role, found in (("channels", "path", roles.paths), ("masks", "mask", roles.masks)):
+        if (stated := getattr(info.record_config, name)) is not None and stated != found:
+            raise ValueError(
+                f"config.{name} is {list(stated)}, but config.columns.{role} is {columns[role]!r}"
+            )
 
 
 def read_info(output: str) -> DatasetInfo:

@@ -149,7 +149,7 @@ def tensors_of(shape: Sequence[int], dtype: str, record: RecordConfig) -> Tensor
     space = tuple(shape[:3])
     tensors = [("image_raw", tuple(shape), dtype)]
     if record.mask_dtype is not None:
-        tensors.append((MASK_FEATURE, space, record.mask_dtype))
+        tensors.append((MASK_FEATURE, space + record.mask_axes, record.mask_dtype))
     if record.has_target:
         tensors.append((TARGET_FEATURE, space, TARGET_DTYPE))
     return tuple(tensors)

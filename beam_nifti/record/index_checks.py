@@ -34,7 +34,7 @@ def check_table(
         record: configuration of the records.
         is_sparse: whether cells may be empty, except those that locate records, as in a dataset without a
             manifest.
-        may_lack_masks: whether examples may lack the file of their mask.
+        may_lack_masks: whether examples may lack files of their masks.
     """
     least = 0 if may_lack_masks or is_sparse else record.num_masks
     num_masks = range(least, record.num_masks + 1)

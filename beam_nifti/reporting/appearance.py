@@ -20,7 +20,7 @@ from beam_nifti.support.cells import is_missing
 from beam_nifti.support.wording import size_text
 from beam_nifti.volume.grid import Grid, agreed_zooms, axes_to, orientation_of, turn_voxels, turn_zooms
 from beam_nifti.volume.header import COLOURS
-from beam_nifti.volume.label_map import label_counts
+from beam_nifti.volume.label_map import label_counts, overlaid
 from beam_nifti.volume.rescale import UINT8_LEVELS, Scaling, Voxels, measure
 
 SCHEMA: Final = pa.schema(
@@ -43,6 +43,7 @@ SCHEMA: Final = pa.schema(
         ("digests", pa.list_(pa.binary())),
         ("mask_labels", pa.list_(pa.int64())),
         ("mask_counts", pa.list_(pa.int64())),
+        ("num_labelled", pa.int64()),
         ("grid", pa.binary()),
         ("picture", pa.binary()),
         ("overlay", pa.binary()),
@@ -54,8 +55,9 @@ SCHEMA: Final = pa.schema(
 unit of `unit_of`. `extents` are the sides of the volume's box, right, anterior and superior; `grid` is the
 volume in the same order of axes, GRID³ bytes from its darkest block to its brightest; `picture` is a WebP,
 and `overlay` that of the mask's labels, if there are any. `group` is the cell of the column by which records
-are grouped. `mask_counts` are the numbers of voxels of `mask_labels`. Records with one of the `digests` in
-common have the same voxels.
+are grouped. `mask_counts` are the numbers of voxels that have each of `mask_labels` in any mask, for 0 of
+those without a label; `num_labelled` is the number of all others. Records with one of the `digests` in common
+have the same voxels.
 """
 
 _QUANTILES: Final = np.linspace(0, 1, 33)
@@ -125,12 +127,15 @@ def _of_mask(
     features: Features, turns: npt.NDArray[Any], zooms: Sequence[float], spec: RecordSpec
 ) -> dict[str, Any]:
     mask = decode_tensor(features[MASK_FEATURE])  # type: ignore[arg-type]
-    counts = label_counts(mask)
+    counts, drawn = label_counts(mask), overlaid(mask)
+    num_labelled = np.count_nonzero(drawn)
+    counts[0] = drawn.size - num_labelled  # and not where only one of the masks has no label
     labels = np.flatnonzero(counts)
     return {
         "mask_labels": labels,
         "mask_counts": counts[labels],
-        "overlay": draw_labels(turn_voxels(mask, turns), zooms, spec.info.mask_labels or ()),
+        "num_labelled": num_labelled,
+        "overlay": draw_labels(turn_voxels(drawn, turns), zooms, spec.info.mask_labels or ()),
     }
 
 

@@ -235,8 +235,7 @@ def _counts(cells: Sequence[str | None], splits: npt.NDArray[Any], most: int) ->
 def _mask_balance(info: DatasetInfo, summary: Summary, splits: npt.NDArray[Any]) -> dict[str, Any]:
     """Each label of the masks, except 0: its records and its share of the labelled voxels, by split."""
     names, labels = dict.fromkeys(splits.tolist()), _labels_of_masks(info)
-    records, voxels = summary.masks.records, summary.masks.voxels
-    sums = {name: sum(voxels[name, label] for label in labels) for name in names}
+    records, voxels, sums = summary.masks.records, summary.masks.voxels, summary.masks.labelled
     lines = [
         (label, [(records[name, label], voxels[name, label] / max(sums[name], 1)) for name in names])
         for label in labels[:_MOST_LABELS]

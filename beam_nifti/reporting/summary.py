@@ -38,7 +38,7 @@ MAX_FAILURES: Final = 500  # failures to list; all are counted
 MAX_PROBLEMS: Final = 200  # problems to list, of all shards; all are counted
 _SHOWN_OF_FAILURE: Final = ("row", "participant_id", "stage", "message")
 _PICTURES: Final = ("picture", "overlay")
-_HEAVY: Final = ("digests", "mask_labels", "mask_counts", "grid", *_PICTURES)
+_HEAVY: Final = ("digests", "mask_labels", "mask_counts", "num_labelled", "grid", *_PICTURES)
 _FLOOR: Final = 0.001  # negligible deviation of a share; of mean and std, times the median std
 
 
@@ -48,14 +48,17 @@ class MaskTotals:
 
     Attributes:
         records: number of records that have a label, by split and label.
-        voxels: number of voxels with a label, by split and label.
+        voxels: number of voxels that have a label, by split and label; those of 0 have no other one.
+        labelled: number of voxels that have any label but 0, by split.
     """
 
     records: Counter[tuple[str, int]] = field(default_factory=Counter)
     voxels: Counter[tuple[str, int]] = field(default_factory=Counter)
+    labelled: Counter[str] = field(default_factory=Counter)
 
     def add(self, split: str, table: pa.Table) -> None:
         """Add the masks of a sheet."""
+        self.labelled[split] += pc.sum(table["num_labelled"]).as_py() or 0
         labels, counts = (pc.list_flatten(table[name]) for name in ("mask_labels", "mask_counts"))
         found = pa.table({"label": labels, "count": counts}).group_by("label", use_threads=False)
         for row in found.aggregate([("count", "sum"), ("count", "count")]).to_pylist():
@@ -126,7 +129,7 @@ def _mean_volume(folder: str) -> tuple[pa.Table, Numbers, Sample, MaskTotals]:
     light = [name for name in SCHEMA.names if name not in _HEAVY]
     schema = pa.schema([SCHEMA.field(name) for name in light]).append(pa.field("split", pa.string()))
     tables, total, sample, masks = [schema.empty_table()], np.zeros(GRID**3), Sample(), MaskTotals()
-    for split, table in read_sheets(folder, [*light, "mask_labels", "mask_counts", "grid"]):
+    for split, table in read_sheets(folder, [*light, "mask_labels", "mask_counts", "num_labelled", "grid"]):
         grids = _standardized(table["grid"])
         total += grids.sum(0)
         sample.add(grids)

@@ -17,6 +17,7 @@ from beam_nifti.errors import UsageError
 from beam_nifti.inspection.extract import StoredVolume
 from beam_nifti.reporting.templates import load_templates
 from beam_nifti.support.wording import first_few, size_text
+from beam_nifti.volume.label_map import overlaid
 
 _WINDOW: Final = (0.5, 99.5)  # percentiles of the voxels that are drawn black and white
 _WIDTH: Final = 900  # pixels of the three slices together
@@ -38,7 +39,7 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
     Args:
         volume: volume of a record.
         channel: channel on its last axis, from 0; required if there are several.
-        with_mask: overlay the labels of its mask.
+        with_mask: overlay the labels of its mask; where it has several, those of the last one on top.
 
     Raises:
         UsageError: there is no such channel or no mask, or the volume cannot be drawn.
@@ -50,7 +51,7 @@ def make_view(volume: StoredVolume, *, channel: int | None = None, with_mask: bo
             f"record {volume.example_id!r} has intensities beyond float32, so it cannot be drawn; write its "
             "image with `beam-nifti extract`"
         )
-    labels = volume.of_mask().voxels if with_mask else None
+    labels = overlaid(volume.of_mask().voxels) if with_mask else None
     facts = [
         size_text(values.shape) + " voxels",
         size_text(volume.zooms) + " mm",

@@ -79,7 +79,7 @@ def loses_labels(mask: Voxels, old: Grid, new: Grid) -> bool:
     """Whether a labelled voxel of a mask lies beyond the field of view of a new grid."""
     to_new = np.linalg.inv(new.affine) @ old.affine
     for xs in split_slices(len(mask), math.prod(mask.shape[1:]), _LABEL_VOXELS):
-        indices = np.argwhere(mask[xs])
+        indices = np.argwhere(mask[xs])[:, :3]
         indices[:, 0] += xs.start
         places = nib.affines.apply_affine(to_new, indices)
         if any(_is_beyond(places[:, axis], new.shape[axis]).any() for axis in range(3)):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from beam_nifti.config import ChannelStatistics, CohortStatistics, LabelStatistics, RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.volume.intensity import describe_rule, select_voxels
+from beam_nifti.volume.label_map import label_counts
 from beam_nifti.volume.rescale import Scaling, Voxels, measure
 from beam_nifti.volume.volume import Volume, images_of
 
@@ -430,7 +431,7 @@ def measure_volume(volume: Volume, config: RecordConfig) -> CohortMeasure:
         channels.append(ChannelMeasure.of(voxels, volume.scaling))
     labels = dict[int, tuple[int, int]]()
     if volume.mask is not None:
-        counts = np.bincount(volume.mask.reshape(-1))
+        counts = label_counts(volume.mask)
         labels = {label: (int(counts[label]), 1) for label in np.flatnonzero(counts).tolist() if label}
     return CohortMeasure(
         channels=tuple(channels),

@@ -37,13 +37,15 @@ def describe_rule(rule: str | None) -> str:
 def select_voxels(
     voxels: Voxels, scaling: Scaling, rule: str, mask: Voxels | None = None
 ) -> npt.NDArray[np.bool_]:
-    """Which voxels a rule selects, as bool of their shape. The mask has no channel axis.
+    """Which voxels a rule selects, as bool of their shape.
 
-    The rules are `nonzero`, `above:T`, with T in the image's units, and `mask`, for labelled voxels.
+    The rules are `nonzero`, `above:T`, with T in the image's units, and `mask`, for those with a label.
     """
     if rule == "mask":
         assert mask is not None
         labelled: npt.NDArray[np.bool_] = mask != 0
+        if mask.shape[3:]:  # of several masks
+            labelled = np.any(labelled, axis=3)
         if labelled.ndim < voxels.ndim:
             labelled = np.repeat(labelled[..., None], voxels.shape[-1], -1)
         return labelled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -27,13 +27,13 @@ _GOLDEN: Final = 40503  # 2^16 by the golden ratio: its multiples are spread eve
 
 
 def labels_of(mask: Voxels) -> list[int]:
-    """The labels that occur in a mask, ascending."""
+    """The labels that occur in a mask, ascending. With a channel axis, they are those of all channels."""
     found: list[int] = np.flatnonzero(label_counts(mask)).tolist()
     return found
 
 
 def positions_of(mask: Voxels) -> list[int]:
-    """The positions of some voxels of each label except 0, spread over all that have it.
+    """The positions of some voxels of each label except 0, spread over all that have it, in any channel.
 
     Returns:
         Numbers of voxels in C order: as many for each label, one label after the other, in ascending order.
@@ -51,33 +51,60 @@ def positions_of(mask: Voxels) -> list[int]:
     # same column of a regular shape again and again.
     shares = (steps << _BITS) + steps * _GOLDEN % (1 << _BITS)
     ranks = totals[labels, np.newaxis] * shares // (count << _BITS)
-    found, flat = np.zeros_like(ranks), mask.reshape(-1)
-    before = np.zeros(labels.size, np.int64)
-    for start, counts in _chunks(mask):
+    found, before = np.zeros_like(ranks), np.zeros(labels.size, np.int64)
+    for part, voxels, counts in _chunks(mask):
         after = before + counts[labels]
         is_here = (ranks >= before[:, np.newaxis]) & (ranks < after[:, np.newaxis])
         if is_here.any():
-            by_label = np.argsort(flat[start : start + _CHUNK], kind="stable")
+            by_label = np.argsort(part, kind="stable")
             firsts = (np.cumsum(counts) - counts)[labels] - before
-            found[is_here] = start + by_label[(ranks + firsts[:, np.newaxis])[is_here]]
+            found[is_here] = voxels[by_label[(ranks + firsts[:, np.newaxis])[is_here]]]
         before = after
     positions: list[int] = found.reshape(-1).tolist()
     return positions
 
 
 def label_counts(mask: Voxels) -> npt.NDArray[np.int64]:
-    """How many voxels have each label that the dtype allows."""
+    """How many voxels have each label that the dtype allows, in any channel."""
     totals = np.zeros(np.iinfo(mask.dtype).max + 1, np.int64)
-    for _, counts in _chunks(mask):
+    for _, _, counts in _chunks(mask):
         totals += counts
     return totals
 
 
-def _chunks(mask: Voxels) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-    """The first voxel of each part of a mask, and how many voxels of the part have each label."""
-    flat, num_labels = mask.reshape(-1), np.iinfo(mask.dtype).max + 1
-    for start in range(0, flat.size, _CHUNK):
-        yield start, np.bincount(flat[start : start + _CHUNK], minlength=num_labels)
+def _chunks(mask: Voxels) -> Iterator[tuple[Voxels, Places, Places]]:
+    """The labels of each part of a mask, the numbers of their voxels, and how many voxels have each label.
+
+    A label that a voxel has in several channels is there once.
+    """
+    flat, num_labels = mask.reshape(math.prod(mask.shape[:3]), -1), np.iinfo(mask.dtype).max + 1
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        labels, voxels = part[:, 0], np.arange(start, start + len(part))
+        if part.shape[1] > 1:
+            is_new = np.ones(part.shape, np.bool_)
+            for one, other in itertools.combinations(range(part.shape[1]), 2):
+                is_new[:, other] &= part[:, one] != part[:, other]
+            labels, voxels = part[is_new], start + np.nonzero(is_new)[0]
+        yield labels, voxels, np.bincount(labels, minlength=num_labels)
+
+
+def of_each_mask(mask: Voxels, make: Callable[[Voxels], Voxels]) -> Voxels:
+    """What a function makes of a mask (X, Y, Z), or of each channel of one (X, Y, Z, C)."""
+    if mask.shape[3:] == ():
+        return make(mask)
+    channels = (make(np.ascontiguousarray(mask[..., channel])) for channel in range(mask.shape[3]))
+    return np.ascontiguousarray(np.stack(list(channels), -1))
+
+
+def overlaid(mask: Voxels) -> Voxels:
+    """One label per voxel, to be drawn: of the channels with a label, that of the last one."""
+    if mask.shape[3:] == ():
+        return mask
+    drawn = np.zeros(mask.shape[:3], mask.dtype)
+    for channel in range(mask.shape[3]):
+        np.copyto(drawn, mask[..., channel], where=mask[..., channel] != 0)
+    return drawn
 
 
 def nearest(positions: Floats) -> Floats:

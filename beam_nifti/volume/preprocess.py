@@ -35,6 +35,7 @@ from beam_nifti.volume.grid import (
 )
 from beam_nifti.volume.header import MAX_VOLUME_BYTES, require_shape, require_size
 from beam_nifti.volume.intensity import describe_rule, select_voxels
+from beam_nifti.volume.label_map import of_each_mask
 from beam_nifti.volume.nonfinite import replace_nonfinite
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.resample import LINEAR, Interpolation, resample_labels, resample_voxels, split_slices
@@ -159,7 +160,8 @@ def apply_function(volume: Volume, function: Function, name: str, num_channels: 
         raise VolumeError(f"--preprocess {name} failed: {said}; repair it, or leave the image out") from e
     masks = () if volume.mask is None else (volume.mask.dtype.name,)
     has_target = volume.target is not None
-    problem = _wrong_with(made) or _wrong_beside(made, masks, num_channels, has_target=has_target)
+    axes = () if volume.mask is None else volume.mask.shape[3:]
+    problem = _wrong_with(made) or _wrong_beside(made, masks, axes, num_channels, has_target=has_target)
     if problem:
         raise VolumeError(f"--preprocess {name} {problem}")
     grid = Grid.of(made.voxels.shape, np.asarray(made.affine, np.float64))
@@ -189,7 +191,8 @@ def require_volume(volume: Volume, step: str) -> Volume:
     num_channels = config.num_channels if config.channels else None
     problem = _wrong_with(volume, _STORED_DTYPES if volume.intensities else ())
     has_target = config.has_target is not None or volume.target is not None
-    problem = problem or _wrong_beside(volume, masks, num_channels, has_target=has_target)
+    axes = config.mask_axes
+    problem = problem or _wrong_beside(volume, masks, axes, num_channels, has_target=has_target)
     if problem:
         raise VolumeError(f"{volume.row.path}: {name} {problem}")
     affine = np.asarray(volume.affine, np.float64)
@@ -234,28 +237,35 @@ def _wrong_with(made: object, dtypes: Collection[str] = ()) -> str | None:
 
 
 def _wrong_beside(
-    made: Volume, masks: Collection[str], num_channels: int | None = None, *, has_target: bool
+    made: Volume,
+    masks: Collection[str],
+    mask_axes: tuple[int, ...],
+    num_channels: int | None = None,
+    *,
+    has_target: bool,
 ) -> str | None:
     """What is wrong with the channels, the mask, which must have one of some dtypes, and the target."""
     shape = made.voxels.shape
     if num_channels not in (None, *shape[3:]):
         return f"returned voxels of shape {shape}; return all {num_channels} channels that it got"
-    beside: tuple[tuple[str, object, Collection[str]], ...] = (
-        ("mask", made.mask, masks),
-        ("target", made.target, (TARGET_DTYPE,) if has_target else ()),
+    beside: tuple[tuple[str, object, Collection[str], tuple[int, ...]], ...] = (
+        ("mask", made.mask, masks, mask_axes),
+        ("target", made.target, (TARGET_DTYPE,) if has_target else (), ()),
     )
-    if made.target is not None and not has_target:
-        return "returned a target, but records have none; name a column of targets with --target-column"
-    for name, found, dtypes in beside:
+    for name, found, dtypes, axes in beside:
         if not dtypes:
+            if found is not None:
+                remedy = f"name a column of {name}s with --{name}-column"
+                return f"returned a {name}, but records have none; {remedy}"
             continue
         if not isinstance(found, np.ndarray) or found.dtype.name not in dtypes or not found.dtype.isnative:
             what = found.dtype if isinstance(found, np.ndarray) else type(found).__name__
             return f"returned a {name} of {what}; return an array of {' or '.join(dtypes)}"
-        if found.shape != shape[:3] or not found.flags.c_contiguous:
+        if found.shape != shape[:3] + axes or not found.flags.c_contiguous:
+            several = f" and {axes[0]} masks" if axes else ""
             return (
-                f"returned a {name} of shape {found.shape} for voxels of {shape}; transform both, and return "
-                "numpy.ascontiguousarray of each"
+                f"returned a {name} of shape {found.shape} for voxels of {shape}{several}; transform both, "
+                "and return numpy.ascontiguousarray of each"
             )
     return None
 
@@ -340,7 +350,7 @@ def align(volume: Volume, reference: ReferenceGrid, how: Interpolation, *, each:
     voxels, scaling = align_voxels(volume.voxels, volume.scaling, old, new, how, each=each)
     mask, notes = None, [] if covers(old, new) else ["beyond-field-of-view"]
     if volume.mask is not None:
-        mask = align_labels(volume.mask, old, new, how)
+        mask = of_each_mask(volume.mask, lambda each: align_labels(each, old, new, how))
         notes += ["labels-lost-to-reference"] if loses_labels(volume.mask, old, new) else []
     target = None if volume.target is None else align_voxels(volume.target, NO_SCALING, old, new, how)[0]
     return replace(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from beam_nifti.volume.grid import Resampling, coarse_axis
-from beam_nifti.volume.label_map import nearest, pick_mixed, pick_nearest
+from beam_nifti.volume.label_map import nearest, of_each_mask, pick_mixed, pick_nearest
 from beam_nifti.volume.rescale import Scaling, Voxels
 
 if TYPE_CHECKING:
@@ -106,9 +106,10 @@ def resample_voxels(
 
 
 def resample_labels(mask: Voxels, resampling: Resampling, how: Interpolation) -> Voxels:
-    """The labels of a new grid, of shape (X, Y, Z)."""
+    """The labels of a new grid, of shape (X, Y, Z) or (X, Y, Z, C)."""
     positions, _ = how.positions(resampling)
-    return (pick_mixed if how.mask == "linear" else pick_nearest)(mask, positions)
+    pick = pick_mixed if how.mask == "linear" else pick_nearest
+    return of_each_mask(mask, lambda each: pick(each, positions))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

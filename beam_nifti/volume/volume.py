@@ -72,9 +72,9 @@ class Volume:
         dtype: name of the dtype on disk, such as "int16" or "rgb24"; if images differ, all of their dtypes,
             separated by commas.
         source: files that it was read from, and shape and affine of the first image before any preparation.
-        mask: labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order; None if the manifest has no
-            masks.
-        mapped_labels: labels in the file of the mask that were mapped to others, ascending; None if no labels
+        mask: labels of the voxels: uint8 or uint16 of shape (X, Y, Z), C order, or (X, Y, Z, C) if the
+            manifest has several columns of masks; None if it has no masks.
+        mapped_labels: labels in the files of masks that were mapped to others, ascending; None if no labels
             are mapped.
         target: values to predict, in the units of their file: float32 of shape (X, Y, Z), C order; None if
             the manifest has no targets.
@@ -125,7 +125,7 @@ def load_volume(
     dtype: str | None = None,
     record: RecordConfig | None = None,
 ) -> Volume:
-    """Read the images of one example, its mask and its target.
+    """Read the images of one example, its masks and its target.
 
     Args:
         row: row of the manifest that names them.
@@ -237,7 +237,7 @@ def _notes_of_frames(header: VolumeHeader, record: RecordConfig) -> tuple[str, .
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _LoadedImage:
-    """One of the images of an example, its mask with the labels that were mapped, or its target."""
+    """One of the images of an example, a mask with the labels that were mapped, or its target."""
 
     header: VolumeHeader
     voxels: Voxels
@@ -247,12 +247,39 @@ class _LoadedImage:
     num_nonfinite: int = 0
 
 
-_Others = tuple[_LoadedImage | None, _LoadedImage | None]  # mask and target
+@dataclass(frozen=True, slots=True, eq=False)
+class _Others:
+    """The files of an example besides its images.
+
+    Attributes:
+        masks: its masks; the voxels of each are the labels of all.
+        target: its target, if any.
+    """
+
+    masks: list[_LoadedImage]
+    target: _LoadedImage | None
+
+    @property
+    def files(self) -> list[_LoadedImage]:
+        """All of them, in the order of the row."""
+        return [*self.masks, *([] if self.target is None else [self.target])]
 
 
 def _load_others(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _Others:
-    """The mask and the target of an example whose image has this header, if any."""
-    return _load_mask(row, folder, record, image), _load_target(row, folder, record, image)
+    """The masks and the target of an example whose image has this header, if any."""
+    return _Others(_load_masks(row, folder, record, image), _load_target(row, folder, record, image))
+
+
+def _load_masks(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> list[_LoadedImage]:
+    numbers = range(record.num_channels, record.num_channels + record.num_masks)
+    if record.masks is None:
+        return [_load_mask(row, number, folder, record, image) for number in numbers]
+    labels, masks = np.empty((*image.space, *record.mask_axes), record.mask_dtype), list[_LoadedImage]()
+    for channel, number in enumerate(numbers):
+        mask = _load_mask(row, number, folder, record, image)
+        labels[..., channel] = mask.voxels
+        masks.append(replace(mask, voxels=labels))
+    return masks
 
 
 def _load_target(
@@ -276,17 +303,17 @@ def _load_target(
     return _LoadedImage(header, values, NO_SCALING, opened.stats, num_nonfinite=count)
 
 
-def _load_mask(row: VolumeRow, folder: str, record: RecordConfig, image: VolumeHeader) -> _LoadedImage | None:
-    """The mask of an example whose image has this header, if any; its voxels are labels.
+def _load_mask(
+    row: VolumeRow, number: int, folder: str, record: RecordConfig, image: VolumeHeader
+) -> _LoadedImage:
+    """A mask of an example whose image has this header, by its number among the files; its voxels are labels.
 
-    It has no label if the row does not have a mask. Its files are none then.
+    It has no label if the row does not have the mask. Its files are none then.
     """
-    if record.mask_dtype is None:
-        return None
-    path = row.files[record.num_channels]
+    path = row.files[number]
     if not path:
         return _LoadedImage(image, np.zeros(image.space, record.mask_dtype), Scaling(), ())
-    parse = _parser(row, record.num_channels, record, image)
+    parse = _parser(row, number, record, image)
     mask = load_mask(path, storage.join(folder, path), parse, record)
     labels, _ = _bring_onto(image, mask.labels, Scaling(), mask.header, record, is_mask=True)
     header = mask.header
@@ -304,7 +331,8 @@ def _assemble(
     record: RecordConfig,
 ) -> Volume:
     """The volume of these voxels, which were loaded from the files of an example."""
-    header, (mask, target), files = images[0].header, others, [*images, *filter(None, others)]
+    header, target, files = images[0].header, others.target, [*images, *others.files]
+    mapped = {label for mask in others.masks for label in mask.mapped}
     dtypes = [image.header.dtype_name for image in images]
     stats, affine = tuple(file.stats for file in files if file.stats), tuple(header.affine.ravel().tolist())
     return Volume(
@@ -315,8 +343,8 @@ def _assemble(
         zooms=header.zooms,
         dtype=",".join(dtypes if len(set(dtypes)) > 1 else dtypes[:1]),
         source=Source(stats, header.shape, affine),
-        mask=mask.voxels if mask else None,
-        mapped_labels=mask.mapped if mask and record.map_labels is not None else None,
+        mask=others.masks[0].voxels if others.masks else None,
+        mapped_labels=tuple(sorted(mapped)) if others.masks and record.map_labels is not None else None,
         num_nonfinite=() if record.nonfinite is None else tuple(image.num_nonfinite for image in images),
         notes=join_notes(file.header.notes for file in files),
         config=record,

@@ -331,7 +331,7 @@ def test_manifests_are_refused(tmp_path: Path) -> None:
         read_manifest(manifest, COLUMNS)
     with pytest.raises(ManifestError, match=r"no column 'tumour'.*choose one with --mask-column"):
         read_manifest(manifest, Columns(mask="tumour"))
-    with pytest.raises(UsageError, match="'path' is named twice"):
+    with pytest.raises(UsageError, match="name 'path' twice"):
         Columns(mask="path")
 
 
