@@ -42,6 +42,7 @@ ONLY_IMPORTERS = {
     "apache_beam": {
         "pipeline.coders",
         "pipeline.composable",
+        "pipeline.launch",
         "pipeline.steps",
         "pipeline.transforms",
         "storage.beam_files",
@@ -71,6 +72,7 @@ LAZY_IMPORTERS = {
         "storage.gcs",
         "pipeline.local_runner",
         "pipeline.build",
+        "pipeline.launch",
         "pipeline.runners",
         "pipeline.beam_flags",
     },

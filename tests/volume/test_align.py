@@ -436,7 +436,7 @@ def test_a_dataset_of_aligned_images(run: Run, tmp_path: Path) -> None:
     checked = run("check", manifest, *flags)
     assert "row 4 (3_T1w.nii): 3_T2w.nii: its field of view does not meet that of 3_T1w.nii" in checked
     told = run("build", manifest, output, *flags)
-    assert "an image or mask does not cover the whole first image of its example" in told
+    assert "an image, mask or target does not cover the whole first image of its example" in told
     assert info_of(output).shape == (*TEMPLATE.shape, 2)
     assert "3 rebuilt" in run("verify", output, "--deep=all", "--manifest", manifest)
     assert "align first" in run("inspect", output)

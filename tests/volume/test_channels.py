@@ -268,7 +268,7 @@ def test_manifests_are_refused(tmp_path: Path) -> None:
     for path in ("T1w,", ",", ""):
         with pytest.raises(UsageError, match="--path-column is"):
             Columns(path)
-    with pytest.raises(UsageError, match="'T1w' is named twice"):
+    with pytest.raises(UsageError, match="name 'T1w' twice"):
         Columns("T1w,T2w,T1w")
 
 
