@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import LEAST_COMPARED, RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.redaction import redacting
@@ -80,6 +80,7 @@ class Tally:
         first: the first image of each kind.
         records: shapes of the records of the same images; "?" if headers do not determine them.
         frames: numbers of frames of the same images, if each becomes a record.
+        num_measured: images whose voxels were compared with those of others.
         num_examples: records of the images that would not fail.
         splits: records of each split.
         source_bytes: size of the files.
@@ -91,6 +92,7 @@ class Tally:
     num_images: int = 0
     bad: NamedImages = field(default_factory=NamedImages)
     num_failed: int = 0
+    num_measured: int = 0
     kinds: Counter[ImageKind] = field(default_factory=Counter)
     first: dict[ImageKind, NamedImage] = field(default_factory=dict)
     records: Counter[str] = field(default_factory=Counter)
@@ -107,6 +109,7 @@ class Tally:
         self.num_images += other.num_images
         self.bad.add(other.bad)
         self.num_failed += other.num_failed
+        self.num_measured += other.num_measured
         self.num_examples += other.num_examples
         for name in ("kinds", "records", "frames", "splits"):
             getattr(self, name).update(getattr(other, name))
@@ -147,6 +150,7 @@ def survey_image(
     if header is not None and plan.build is not None and plan.voxels:
         measured = measure_image(row, folder, header, plan.build)
         found.num_failed = measured.num_failed
+        found.num_measured = int(measured.facts is not None)
         if measured.problem:
             found.bad = NamedImages(1, [NamedImage(row.row, row.example_id, measured.problem)])
     try:
@@ -244,6 +248,7 @@ def make_report(
             for note, text in {**TEXTS, **VOXEL_TEXTS}.items()
             if (of := survey.notes.get(note))
         },
+        **_not_compared(survey, plan),
         **{name: dict(tally(survey.kinds, fact).most_common()) for name, fact in _FACTS.items()},
         "num_shards": build.num_shards if build else 0,
         **_measured_first(survey, plan),
@@ -252,6 +257,17 @@ def make_report(
         "twins_across_splits": [dict(group) for group in copies if len({split for _, split in group}) > 1],
         "suggested_flags": advice.flags,
         "not_suggested": not_suggested,
+    }
+
+
+def _not_compared(survey: Tally, plan: CheckPlan) -> dict[str, str]:
+    """That too few images were measured to compare them, if so."""
+    if not plan.voxels or plan.build is None or survey.num_measured >= LEAST_COMPARED:
+        return {}
+    what = "size or voxel size" if survey.num_examples >= LEAST_COMPARED else "image"  # many frames each
+    images, verb = counted(survey.num_measured, "image"), "is" if survey.num_measured == 1 else "are"
+    return {
+        "not_compared": f"no {what} is called unusual: {images} {verb} too few, {LEAST_COMPARED} are required"
     }
 
 
@@ -329,6 +345,8 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "warning", f"{counted(noted['num_images'], 'image')}: {noted['message']}"
         named = [_named(image) for image in noted["images"]]
         yield from _listed("", named, noted["num_images"])
+    if "not_compared" in r:
+        yield "not compared", r["not_compared"]
     yield from _listed("duplicates?", [" = ".join(group) for group in r["twins"]])
     across = (" = ".join(f"{name} ({split})" for name, split in g.items()) for g in r["twins_across_splits"])
     yield from _listed("in two splits", list(across))
