@@ -16,12 +16,13 @@ from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline.advice import ImageKind, suggest_flags, tally
+from beam_nifti.pipeline.failures import accepting_fraction
 from beam_nifti.pipeline.plan import CheckPlan, record_bytes, stored_itemsize
 from beam_nifti.pipeline.voxel_survey import TEXTS as VOXEL_TEXTS
 from beam_nifti.pipeline.voxel_survey import Finding, MeasuredImage, measure_image
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
-from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
+from beam_nifti.support.wording import bytes_text, counted, first_few, format_rows, size_text
 from beam_nifti.volume.files import image_files, reading
 from beam_nifti.volume.header import RecordLayout, VolumeHeader, require_frames, require_storable
 from beam_nifti.volume.notes import TEXTS
@@ -38,6 +39,7 @@ _COPIES: Final = 2
 """Copies of a volume that a thread holds at a time. Source: docs/large-volumes.md."""
 
 _SHOWN: Final = 5  # lines of a kind that a table shows
+_SHOWN_LABELS: Final = 10  # in a warning
 _FACTS: Final[Mapping[str, Callable[[ImageKind], str]]] = {
     "shapes": lambda kind: size_text(kind.shape),
     "spacings": lambda kind: size_text(kind.zooms),
@@ -87,6 +89,7 @@ class Tally:
         record_bytes: expected size of the records in shards.
         largest_bytes: size of the voxels of the largest volume, on disk or stored, uncompressed.
         notes: what a user should know of some images, by the keys of `notes.TEXTS` and `voxel_survey.TEXTS`.
+        mapped_labels: labels of measured masks that were mapped to others.
     """
 
     num_images: int = 0
@@ -103,6 +106,7 @@ class Tally:
     record_bytes: float = 0.0
     largest_bytes: int = 0
     notes: dict[str, NamedImages] = field(default_factory=dict)
+    mapped_labels: set[int] = field(default_factory=set)
 
     def add(self, other: Tally) -> None:
         """Count what another tally has counted."""
@@ -118,6 +122,7 @@ class Tally:
         self.source_bytes += other.source_bytes
         self.record_bytes += other.record_bytes
         self.largest_bytes = max(self.largest_bytes, other.largest_bytes)
+        self.mapped_labels |= other.mapped_labels
         for note, images in other.notes.items():
             self.notes.setdefault(note, NamedImages()).add(images)
 
@@ -150,6 +155,7 @@ def survey_image(
     if header is not None and plan.build is not None and plan.voxels:
         measured = measure_image(row, folder, header, plan.build)
         found.num_failed = measured.num_failed
+        found.mapped_labels = set(measured.mapped_labels)
         found.num_measured = int(measured.facts is not None)
         if measured.problem:
             found.bad = NamedImages(1, [NamedImage(row.row, row.example_id, measured.problem)])
@@ -249,6 +255,7 @@ def make_report(
             if (of := survey.notes.get(note))
         },
         **_not_compared(survey, plan),
+        **_unmapped(survey, plan),
         **{name: dict(tally(survey.kinds, fact).most_common()) for name, fact in _FACTS.items()},
         "num_shards": build.num_shards if build else 0,
         **_measured_first(survey, plan),
@@ -265,10 +272,16 @@ def _not_compared(survey: Tally, plan: CheckPlan) -> dict[str, str]:
     if not plan.voxels or plan.build is None or survey.num_measured >= LEAST_COMPARED:
         return {}
     what = "size or voxel size" if survey.num_examples >= LEAST_COMPARED else "image"  # many frames each
-    images, verb = counted(survey.num_measured, "image"), "is" if survey.num_measured == 1 else "are"
-    return {
-        "not_compared": f"no {what} is called unusual: {images} {verb} too few, {LEAST_COMPARED} are required"
-    }
+    images = counted(survey.num_measured, "image", "are")
+    return {"not_compared": f"no {what} is called unusual: {images} too few, {LEAST_COMPARED} are required"}
+
+
+def _unmapped(survey: Tally, plan: CheckPlan) -> dict[str, list[int]]:
+    """The labels that would become others, but that no measured mask has."""
+    record = plan.config.record
+    if not plan.voxels or plan.build is None or record.map_labels is None:
+        return {}
+    return {"unmapped_labels": sorted(record.label_map.keys() - survey.mapped_labels)}
 
 
 def _measured_first(survey: Tally, plan: CheckPlan) -> dict[str, Any]:
@@ -324,15 +337,15 @@ class Survey(Document):
 
     def __str__(self) -> str:
         """As a table."""
-        return self._words(format_report(self))
+        return self._words(format_report(self, accept=not (self.ok or self.refusal)))
 
 
-def format_report(report: Mapping[str, Any]) -> str:
-    """A report of `make_report` as text for the screen."""
-    return format_rows(_report_rows(report), 14)
+def format_report(report: Mapping[str, Any], *, accept: bool = False) -> str:
+    """A report of `make_report` as text for the screen; with `accept`, how to accept the failures."""
+    return format_rows(_report_rows(report, accept), 14)
 
 
-def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _report_rows(r: Mapping[str, Any], accept: bool) -> Iterator[tuple[str, str]]:
     yield "images", f"{r['num_images']:,} in {bytes_text(r['source_bytes'])}: {r['manifest']}"
     for name in (*_FACTS, "records", "frames"):
         title = "spacings, mm" if name == "spacings" else name
@@ -341,10 +354,18 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", "?: headers do not determine the shape after --preprocess or --crop-foreground"
     bad = [*map(_problem_text, r["problems"])]
     yield from _listed("would fail", bad, r["num_bad"])
+    if accept:
+        failed, total = r["num_failed"], r["num_failed"] + r["num_examples"]
+        yield "", f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them"
     for noted in r["notes"].values():
         yield "warning", f"{counted(noted['num_images'], 'image')}: {noted['message']}"
         named = [_named(image) for image in noted["images"]]
         yield from _listed("", named, noted["num_images"])
+    if unmapped := r.get("unmapped_labels"):
+        yield (
+            "warning",
+            f"--map-labels replaces labels that no mask has: {first_few(unmapped, _SHOWN_LABELS)}",
+        )
     if "not_compared" in r:
         yield "not compared", r["not_compared"]
     yield from _listed("duplicates?", [" = ".join(group) for group in r["twins"]])

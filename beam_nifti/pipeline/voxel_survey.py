@@ -104,6 +104,7 @@ class MeasuredImage(NamedTuple):
         notes: as of `Volume`.
         findings: findings that do not depend on other images.
         facts: what is compared with other images; None if all failed.
+        mapped_labels: labels of its mask that were mapped to others.
     """
 
     num_volumes: int = 0
@@ -113,6 +114,7 @@ class MeasuredImage(NamedTuple):
     notes: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     facts: ImageFacts | None = None
+    mapped_labels: tuple[int, ...] = ()
 
 
 @dataclass
@@ -226,6 +228,7 @@ def measure_image(row: VolumeRow, folder: str, header: VolumeHeader, plan: Build
             shape=one.shape,
             notes=join_notes([found.notes, one.notes]),
             findings=(*found.findings, *one.findings),
+            mapped_labels=one.mapped_labels,
         )
     if found.num_volumes:
         values += [(row.example_id, measure, size) for measure, size in _sizes(header)]
@@ -241,6 +244,7 @@ class _MeasuredVolume(NamedTuple):
     findings: list[Finding]
     shape: tuple[int, ...]
     notes: tuple[str, ...]
+    mapped_labels: tuple[int, ...]
 
 
 def _measure(volume: Volume, record: RecordConfig, shape: tuple[int | None, ...] | None) -> _MeasuredVolume:
@@ -269,7 +273,9 @@ def _measure(volume: Volume, record: RecordConfig, shape: tuple[int | None, ...]
     notes, shape_of_record = volume.notes, volume.voxels.shape
     if not record.is_of_cohort or record.rescale_stats is not None:
         notes = rescale_volume(volume, record).notes
-    return _MeasuredVolume(values, labels, _joined(findings), shape_of_record, notes)
+    return _MeasuredVolume(
+        values, labels, _joined(findings), shape_of_record, notes, volume.mapped_labels or ()
+    )
 
 
 def _sizes(header: VolumeHeader) -> Iterator[tuple[Measure, float]]:

@@ -96,6 +96,10 @@ def test_what_voxels_show_is_reported(cohort: Path, check: Check) -> None:
     assert spacing["message"].split("; ")[2] == "inferior-superior 7.5 mm (middle half of all: 2.5 to 2.5)"
     survey = bn.check(cohort, voxels=True, mask_column="mask", max_bad_fraction=0.11, progress=False)
     assert survey.ok
+    assert "accepts" not in str(survey)
+    refused = bn.check(cohort, voxels=True, mask_column="mask", progress=False)
+    assert not refused.ok
+    assert f"{'':14}max_bad_fraction=0.11 accepts them" in str(refused)
     table = str(survey)
     assert "would fail    row 25 (equal): " in table
     assert "row 29 (odd): 77 (in 1 mask)" in table
