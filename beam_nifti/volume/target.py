@@ -39,7 +39,8 @@ def is_rounded(voxels: Voxels, scaling: Scaling, target: Voxels) -> bool:
     if not scaling.is_identity:
         return bool((np.abs(scaling.apply(voxels) - target) >= 0.5).any())
     # float64 does not hold all integers either: those of float32 are 24 bits, and then zeros.
-    sizes = np.where(voxels < 0, -voxels, voxels).astype(np.uint64)
+    sizes = voxels.astype(np.uint64)
+    sizes = np.where(voxels < 0, -sizes, sizes)
     units = np.maximum(sizes & (~sizes + np.uint64(1)), np.uint64(1))
     return bool((sizes // units >= _FIRST_GAP).any())
 
