@@ -429,6 +429,7 @@ def _read_frames(flag: str, value: object) -> str:
 
 
 _LABEL_TABLE: Final = ("from", "to")
+_TABLE_NAME: Final = re.compile(r"\.(?:csv|tsv|jsonl|ndjson|parquet)$", re.I)
 
 
 def _read_label_map(flag: str, value: object) -> str:
@@ -441,7 +442,7 @@ def _read_label_map(flag: str, value: object) -> str:
             )
         except ValueError:
             _refuse(flag, value, wanted)
-    if isinstance(value, str) and ("=" in value or not value.strip()):
+    if isinstance(value, str) and not _TABLE_NAME.search(value) and ("=" in value or not value.strip()):
         return _read_text(flag, value, wanted)
     if not isinstance(value, str | os.PathLike):
         _refuse(flag, value, wanted)
@@ -462,6 +463,8 @@ def _label_rows(flag: str, path: str, wanted: str) -> Iterator[tuple[str, int, i
     if not {*_LABEL_TABLE} <= {*table.column_names}:
         found = ", ".join(table.column_names)
         raise UsageError(f"{flag} is {path!r}, whose columns are {found}; {wanted}")
+    if not table.num_rows:
+        raise UsageError(f"{flag} is {path!r}, which has no rows; {wanted}")
     columns = [table[name].to_pylist() for name in _LABEL_TABLE]
     for number, cells in enumerate(zip(*columns, strict=True), start=1):
         where = f"{flag}: {path}: row {number}"

@@ -11,17 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from beam_nifti.config import RecordConfig
+from beam_nifti.config import LEAST_COMPARED, RecordConfig
 from beam_nifti.errors import VolumeError
 from beam_nifti.manifest.manifest import VolumeRow
 from beam_nifti.manifest.redaction import redacting
 from beam_nifti.pipeline.advice import ImageKind, suggest_flags, tally
+from beam_nifti.pipeline.failures import accepting_fraction
 from beam_nifti.pipeline.plan import CheckPlan, record_bytes, stored_itemsize
 from beam_nifti.pipeline.voxel_survey import TEXTS as VOXEL_TEXTS
 from beam_nifti.pipeline.voxel_survey import Finding, MeasuredImage, measure_image
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
-from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
+from beam_nifti.support.wording import bytes_text, counted, first_few, format_rows, size_text
 from beam_nifti.volume.files import image_files, reading
 from beam_nifti.volume.header import RecordLayout, VolumeHeader, require_frames, require_storable
 from beam_nifti.volume.notes import TEXTS
@@ -38,6 +39,7 @@ _COPIES: Final = 2
 """Copies of a volume that a thread holds at a time. Source: docs/large-volumes.md."""
 
 _SHOWN: Final = 5  # lines of a kind that a table shows
+_SHOWN_LABELS: Final = 10  # in a warning
 _FACTS: Final[Mapping[str, Callable[[ImageKind], str]]] = {
     "shapes": lambda kind: size_text(kind.shape),
     "spacings": lambda kind: size_text(kind.zooms),
@@ -80,17 +82,20 @@ class Tally:
         first: the first image of each kind.
         records: shapes of the records of the same images; "?" if headers do not determine them.
         frames: numbers of frames of the same images, if each becomes a record.
+        num_measured: images whose voxels were compared with those of others.
         num_examples: records of the images that would not fail.
         splits: records of each split.
         source_bytes: size of the files.
         record_bytes: expected size of the records in shards.
         largest_bytes: size of the voxels of the largest volume, on disk or stored, uncompressed.
         notes: what a user should know of some images, by the keys of `notes.TEXTS` and `voxel_survey.TEXTS`.
+        mapped_labels: labels of measured masks that were mapped to others.
     """
 
     num_images: int = 0
     bad: NamedImages = field(default_factory=NamedImages)
     num_failed: int = 0
+    num_measured: int = 0
     kinds: Counter[ImageKind] = field(default_factory=Counter)
     first: dict[ImageKind, NamedImage] = field(default_factory=dict)
     records: Counter[str] = field(default_factory=Counter)
@@ -101,12 +106,14 @@ class Tally:
     record_bytes: float = 0.0
     largest_bytes: int = 0
     notes: dict[str, NamedImages] = field(default_factory=dict)
+    mapped_labels: set[int] = field(default_factory=set)
 
     def add(self, other: Tally) -> None:
         """Count what another tally has counted."""
         self.num_images += other.num_images
         self.bad.add(other.bad)
         self.num_failed += other.num_failed
+        self.num_measured += other.num_measured
         self.num_examples += other.num_examples
         for name in ("kinds", "records", "frames", "splits"):
             getattr(self, name).update(getattr(other, name))
@@ -115,6 +122,7 @@ class Tally:
         self.source_bytes += other.source_bytes
         self.record_bytes += other.record_bytes
         self.largest_bytes = max(self.largest_bytes, other.largest_bytes)
+        self.mapped_labels |= other.mapped_labels
         for note, images in other.notes.items():
             self.notes.setdefault(note, NamedImages()).add(images)
 
@@ -147,6 +155,8 @@ def survey_image(
     if header is not None and plan.build is not None and plan.voxels:
         measured = measure_image(row, folder, header, plan.build)
         found.num_failed = measured.num_failed
+        found.mapped_labels = set(measured.mapped_labels)
+        found.num_measured = int(measured.facts is not None)
         if measured.problem:
             found.bad = NamedImages(1, [NamedImage(row.row, row.example_id, measured.problem)])
     try:
@@ -244,6 +254,8 @@ def make_report(
             for note, text in {**TEXTS, **VOXEL_TEXTS}.items()
             if (of := survey.notes.get(note))
         },
+        **_not_compared(survey, plan),
+        **_unmapped(survey, plan),
         **{name: dict(tally(survey.kinds, fact).most_common()) for name, fact in _FACTS.items()},
         "num_shards": build.num_shards if build else 0,
         **_measured_first(survey, plan),
@@ -253,6 +265,23 @@ def make_report(
         "suggested_flags": advice.flags,
         "not_suggested": not_suggested,
     }
+
+
+def _not_compared(survey: Tally, plan: CheckPlan) -> dict[str, str]:
+    """That too few images were measured to compare them, if so."""
+    if not plan.voxels or plan.build is None or survey.num_measured >= LEAST_COMPARED:
+        return {}
+    what = "size or voxel size" if survey.num_examples >= LEAST_COMPARED else "image"  # many frames each
+    images = counted(survey.num_measured, "image", "are")
+    return {"not_compared": f"no {what} is called unusual: {images} too few, {LEAST_COMPARED} are required"}
+
+
+def _unmapped(survey: Tally, plan: CheckPlan) -> dict[str, list[int]]:
+    """The labels that would become others, but that no measured mask has."""
+    record = plan.config.record
+    if not plan.voxels or plan.build is None or record.map_labels is None:
+        return {}
+    return {"unmapped_labels": sorted(record.label_map.keys() - survey.mapped_labels)}
 
 
 def _measured_first(survey: Tally, plan: CheckPlan) -> dict[str, Any]:
@@ -308,15 +337,15 @@ class Survey(Document):
 
     def __str__(self) -> str:
         """As a table."""
-        return self._words(format_report(self))
+        return self._words(format_report(self, accept=not (self.ok or self.refusal)))
 
 
-def format_report(report: Mapping[str, Any]) -> str:
-    """A report of `make_report` as text for the screen."""
-    return format_rows(_report_rows(report), 14)
+def format_report(report: Mapping[str, Any], *, accept: bool = False) -> str:
+    """A report of `make_report` as text for the screen; with `accept`, how to accept the failures."""
+    return format_rows(_report_rows(report, accept), 14)
 
 
-def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _report_rows(r: Mapping[str, Any], accept: bool) -> Iterator[tuple[str, str]]:
     yield "images", f"{r['num_images']:,} in {bytes_text(r['source_bytes'])}: {r['manifest']}"
     for name in (*_FACTS, "records", "frames"):
         title = "spacings, mm" if name == "spacings" else name
@@ -325,10 +354,20 @@ def _report_rows(r: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", "?: headers do not determine the shape after --preprocess or --crop-foreground"
     bad = [*map(_problem_text, r["problems"])]
     yield from _listed("would fail", bad, r["num_bad"])
+    if accept:
+        failed, total = r["num_failed"], r["num_failed"] + r["num_examples"]
+        yield "", f"--max-bad-fraction {accepting_fraction(failed, total)} accepts them"
     for noted in r["notes"].values():
         yield "warning", f"{counted(noted['num_images'], 'image')}: {noted['message']}"
         named = [_named(image) for image in noted["images"]]
         yield from _listed("", named, noted["num_images"])
+    if unmapped := r.get("unmapped_labels"):
+        yield (
+            "warning",
+            f"--map-labels replaces labels that no mask has: {first_few(unmapped, _SHOWN_LABELS)}",
+        )
+    if "not_compared" in r:
+        yield "not compared", r["not_compared"]
     yield from _listed("duplicates?", [" = ".join(group) for group in r["twins"]])
     across = (" = ".join(f"{name} ({split})" for name, split in g.items()) for g in r["twins_across_splits"])
     yield from _listed("in two splits", list(across))

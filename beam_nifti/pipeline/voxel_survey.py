@@ -21,7 +21,14 @@ from beam_nifti.volume.header import VolumeHeader
 from beam_nifti.volume.notes import join_notes
 from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.rescale import Scaling
-from beam_nifti.volume.volume import Volume, images_of, load_frames, load_volume, rescale_volume
+from beam_nifti.volume.volume import (
+    Volume,
+    images_of,
+    load_frames,
+    load_volume,
+    measure_target,
+    rescale_volume,
+)
 
 _LEAST_SPREAD: Final = 0.05
 """Interquartile range of sizes that is assumed at least, as a part of their median: most are often equal."""
@@ -30,6 +37,7 @@ _RARE: Final = 100
 """A label is rare if at most one mask in so many has it."""
 
 _SHOWN: Final = 10  # labels in a message
+_SIZES: Final = frozenset({"unusual-size", "unusual-spacing"})
 _AXES: Final = {"left-right": "LR", "posterior-anterior": "PA", "inferior-superior": "IS"}
 
 _FAR: Final = f"is more than {FAR} interquartile ranges from the quartiles of all"
@@ -39,7 +47,11 @@ TEXTS: Final = {
     ),
     "unusual-size": f"the field of view {_FAR} images",
     "unusual-spacing": f"the voxel size {_FAR} images",
+    "unusual-target": (
+        f"the mean of the target {_FAR} targets; look for other units or another kind of image"
+    ),
     "constant": "all voxels are equal",
+    "constant-target": "all voxels of the target are equal",
     "nonfinite": "voxels are NaN or infinite; --nonfinite replaces them",
     "empty-mask": "no voxel of the mask has a label other than 0",
     "rare-label": (
@@ -92,6 +104,7 @@ class MeasuredImage(NamedTuple):
         notes: as of `Volume`.
         findings: findings that do not depend on other images.
         facts: what is compared with other images; None if all failed.
+        mapped_labels: labels of its mask that were mapped to others.
     """
 
     num_volumes: int = 0
@@ -101,6 +114,7 @@ class MeasuredImage(NamedTuple):
     notes: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     facts: ImageFacts | None = None
+    mapped_labels: tuple[int, ...] = ()
 
 
 @dataclass
@@ -164,7 +178,7 @@ class Comparison(NamedTuple):
         for example_id, measure, value in image.values:
             key, what = measure
             low, middle, high = self.quartiles.get(measure, (value,) * 3)
-            is_size = key != "unusual-intensity"
+            is_size = key in _SIZES
             if is_far(value, (low, middle, high), least_width=_LEAST_SPREAD * middle if is_size else 0.0):
                 unit = " mm" if is_size else ""
                 shown = f"{f'{what} ' if what else ''}{value:.6g}{unit}"
@@ -214,6 +228,7 @@ def measure_image(row: VolumeRow, folder: str, header: VolumeHeader, plan: Build
             shape=one.shape,
             notes=join_notes([found.notes, one.notes]),
             findings=(*found.findings, *one.findings),
+            mapped_labels=one.mapped_labels,
         )
     if found.num_volumes:
         values += [(row.example_id, measure, size) for measure, size in _sizes(header)]
@@ -229,6 +244,7 @@ class _MeasuredVolume(NamedTuple):
     findings: list[Finding]
     shape: tuple[int, ...]
     notes: tuple[str, ...]
+    mapped_labels: tuple[int, ...]
 
 
 def _measure(volume: Volume, record: RecordConfig, shape: tuple[int | None, ...] | None) -> _MeasuredVolume:
@@ -246,6 +262,10 @@ def _measure(volume: Volume, record: RecordConfig, shape: tuple[int | None, ...]
         for name, voxels in zip(names, images_of(volume, record), strict=True)
         if voxels.min() == voxels.max()
     ]
+    if volume.target is not None:
+        values.append((row.example_id, ("unusual-target", ""), measure_target(volume, record).mean))
+        if volume.target.min() == volume.target.max():
+            findings.append(Finding("constant-target", row.row, row.example_id, f"{volume.target.flat[0]:g}"))
     if num_nonfinite := sum(volume.num_nonfinite) + volume.target_nonfinite:
         findings.append(Finding("nonfinite", row.row, row.example_id, counted(num_nonfinite, "voxel")))
     masks = row.files[record.num_channels : record.num_channels + record.num_masks]
@@ -253,7 +273,9 @@ def _measure(volume: Volume, record: RecordConfig, shape: tuple[int | None, ...]
     notes, shape_of_record = volume.notes, volume.voxels.shape
     if not record.is_of_cohort or record.rescale_stats is not None:
         notes = rescale_volume(volume, record).notes
-    return _MeasuredVolume(values, labels, _joined(findings), shape_of_record, notes)
+    return _MeasuredVolume(
+        values, labels, _joined(findings), shape_of_record, notes, volume.mapped_labels or ()
+    )
 
 
 def _sizes(header: VolumeHeader) -> Iterator[tuple[Measure, float]]:

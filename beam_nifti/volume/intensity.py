@@ -98,6 +98,11 @@ def find_rescale_range(
         if config.method == "zscore":
             low, high = measured.mean, measured.mean + measured.std
     if not (low < high and math.isfinite(high - low)):
+        if config.method == "zscore" and measured.min == measured.max:
+            raise VolumeError(
+                f"all {'selected ' if is_part else ''}voxels are {low:g}, a constant image, which --rescale "
+                "zscore cannot scale; leave the image out, or use another --rescale"
+            )
         raise VolumeError(
             f"--rescale {config.rescale} would map {low:g} onto 0 and {high:g} onto 1, which is not a usable "
             "range; leave the image out, or use another --rescale"

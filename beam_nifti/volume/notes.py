@@ -33,6 +33,10 @@ TEXTS: Final = {
         "labelled voxels of the mask lie outside the first image of their example, to whose grid --align "
         "brings them"
     ),
+    "rounded-target": (
+        "integers of the target change by a half or more in float32, which has no odd integers above "
+        "16,777,216; store the target in another unit, or subtract an offset"
+    ),
     "beyond-field-of-view": (
         "an image does not cover the whole grid of --reference; where it is missing, images and targets have "
         "their least value and masks 0"
@@ -52,6 +56,7 @@ OF_VOXELS: Final = frozenset(
         "labels-lost-to-reference",
         "labels-lost-to-align",
         "beyond-field-of-view",
+        "rounded-target",
     }
 )
 """Notes that headers do not determine, so `check` names their images only with `--voxels`."""

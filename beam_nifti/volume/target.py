@@ -10,6 +10,8 @@ from beam_nifti.volume.rescale import NO_SCALING, Scaling, Voxels, keep_units
 
 TARGET_DTYPE = "float32"
 
+_FIRST_GAP = 1 << 24  # float32 has all integers up to this one
+
 
 def in_own_units(name: str, voxels: Voxels, scaling: Scaling) -> Voxels:
     """The values of a target in the units of its file, as float32. NaN and infinite voxels stay.
@@ -28,6 +30,19 @@ def in_own_units(name: str, voxels: Voxels, scaling: Scaling) -> Voxels:
         return voxels
     with np.errstate(over="ignore"):
         return keep_units(voxels, scaling)
+
+
+def is_rounded(voxels: Voxels, scaling: Scaling, target: Voxels) -> bool:
+    """Whether `in_own_units` changed values of integers by a half or more."""
+    if voxels.dtype.kind not in "iu" or np.abs(target).max() < _FIRST_GAP:
+        return False
+    if not scaling.is_identity:
+        return bool((np.abs(scaling.apply(voxels) - target) >= 0.5).any())
+    # float64 does not hold all integers either: those of float32 are 24 bits, and then zeros.
+    sizes = voxels.astype(np.uint64)
+    sizes = np.where(voxels < 0, -sizes, sizes)
+    units = np.maximum(sizes & (~sizes + np.uint64(1)), np.uint64(1))
+    return bool((sizes // units >= _FIRST_GAP).any())
 
 
 def replace_in_target(target: Voxels, rule: str) -> tuple[Voxels, int]:

@@ -49,7 +49,7 @@ from beam_nifti.volume.rescale import (
     measure,
     require_range,
 )
-from beam_nifti.volume.target import in_own_units
+from beam_nifti.volume.target import in_own_units, is_rounded
 from beam_nifti.volume.voxels import cut_clip, cut_frame, take_voxels
 
 _AFTER_REPLACEMENT: Final = (
@@ -300,6 +300,8 @@ def _load_target(
         )
     voxels, scaling = _bring_onto(image, voxels, scaling, header, record)
     values = in_own_units(path, voxels, scaling)
+    if is_rounded(voxels, scaling, values):
+        header = replace(header, notes=join_notes([header.notes, ["rounded-target"]]))
     return _LoadedImage(header, values, NO_SCALING, opened.stats, num_nonfinite=count)
 
 
@@ -494,7 +496,7 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
         VolumeError: voxels are NaN or infinite, have no range, or do not fit their dtype.
     """
     intensities, ranges, stored = list[Intensity](), list[RescaleRange](), volume.voxels
-    target = None if volume.target is None else _measure_target(volume, volume.target, config)
+    target = None if volume.target is None else measure_target(volume, config)
     notes = list[str]()
     is_native = config.voxel_dtype == "native"
     for number, voxels in enumerate(images_of(volume, config)):
@@ -524,10 +526,16 @@ def rescale_volume(volume: Volume, config: RecordConfig) -> Volume:
     )
 
 
-def _measure_target(volume: Volume, target: Voxels, config: RecordConfig) -> Intensity:
+def measure_target(volume: Volume, config: RecordConfig) -> Intensity:
+    """The range, mean and standard deviation of the target of a volume that has one.
+
+    Raises:
+        VolumeError: voxels are NaN or infinite.
+    """
+    assert volume.target is not None
     remedy = FINITE_REMEDY if config.nonfinite is None else _AFTER_REPLACEMENT
     try:
-        return measure(target, NO_SCALING, remedy)
+        return measure(volume.target, NO_SCALING, remedy)
     except VolumeError as e:
         raise VolumeError(f"{volume.row.files[-1]}: the target: {e}") from e
 

@@ -96,6 +96,10 @@ def test_what_voxels_show_is_reported(cohort: Path, check: Check) -> None:
     assert spacing["message"].split("; ")[2] == "inferior-superior 7.5 mm (middle half of all: 2.5 to 2.5)"
     survey = bn.check(cohort, voxels=True, mask_column="mask", max_bad_fraction=0.11, progress=False)
     assert survey.ok
+    assert "accepts" not in str(survey)
+    refused = bn.check(cohort, voxels=True, mask_column="mask", progress=False)
+    assert not refused.ok
+    assert f"{'':14}max_bad_fraction=0.11 accepts them" in str(refused)
     table = str(survey)
     assert "would fail    row 25 (equal): " in table
     assert "row 29 (odd): 77 (in 1 mask)" in table
@@ -105,6 +109,26 @@ def test_nothing_is_unusual_in_few_volumes_or_in_those_that_are_alike(tmp_path: 
     few = [row(tmp_path, f"sub-{i}", brain(seed=i) * (9 if i == 1 else 1), mask_of(i)) for i in range(1, 4)]
     code, report = check(write_manifest(tmp_path / "few.tsv", few), "--mask-column=mask")
     assert (code, report["notes"], report["num_examples"]) == (0, {}, 3)
+    assert report["not_compared"] == "no image is called unusual: 3 images are too few, 20 are required"
+    survey = bn.check(tmp_path / "few.tsv", voxels=True, progress=False)
+    assert f"not compared  {report['not_compared']}" in str(survey)
+    assert "not_compared" not in bn.check(tmp_path / "few.tsv", progress=False)
+
+
+def test_targets_are_compared_too(tmp_path: Path, check: Check) -> None:
+    """A dose in other units, and one that is empty, among sound ones."""
+    rows = []
+    for i in range(SOUND):
+        factor = {3: 100, 5: 0}.get(i, 1)
+        write_image(tmp_path / f"dose-{i}.nii", (brain(seed=i) * factor).astype(np.float32), affine=ZOOMS)
+        rows.append(row(tmp_path, f"sub-{i:02}", brain(seed=i)) | {"dose": f"dose-{i}.nii"})
+    manifest = write_manifest(tmp_path / "m.tsv", rows)
+    code, report = check(manifest, "--target-column=dose")
+    assert (code, "not_compared" in report) == (0, False)
+    assert named(report)["constant-target"] == ["sub-05"]
+    assert "sub-03" in named(report)["unusual-target"]
+    assert "unusual-intensity" not in report["notes"]
+    assert report["notes"]["constant-target"]["images"][0]["message"] == "0"
 
 
 def test_voxels_are_those_that_a_build_prepares(tmp_path: Path, check: Check) -> None:

@@ -386,6 +386,10 @@ def test_copies_are_found_by_voxels_whatever_the_header(by_site: tuple[ReportSum
     }
     assert summary.num_leaks == sum(copy.is_leak for copy in summary.copies)
     assert "of records in different splits" in page.texts["p"]
+    assert "Sound." not in page.texts["b"]
+    assert "Undamaged, with leaks." in page.texts["b"]
+    is_nearly = any(copy.is_leak and not copy.is_exact for copy in summary.copies)
+    assert ("nearly the same one" in page.texts["b"]) == is_nearly
     rows = page.texts["th"] + page.texts["td"]
     assert all(rows.count(name) for name in ("p03", "header", "p05", "turned"))
 

@@ -205,9 +205,10 @@ def test_a_record_says_what_became_0_and_1_where_its_range_does_not(tmp_path: Pa
     ("voxels", "options", "message"),
     [
         ([7, 7, 7, 7], {"rescale": "percentile:1,99"}, r"map 7 onto 0 and 7 onto 1"),
-        ([7, 7, 7, 7], {"rescale": "zscore"}, r"map 7 onto 0 and 7 onto 1"),
+        ([7, 7, 7, 7], {"rescale": "zscore"}, r"all voxels are 7, a constant image"),
         ([0, 5, 5, 5], {"rescale": "minmax", "rescale_within": "nonzero"}, r"map 5 onto 0 and 5 onto 1"),
         ([0, 0, 0, 9], {"rescale": "percentile:1,60"}, r"percentile:1,60 would map 0 onto 0 and 0 onto 1"),
+        ([0, 5, 5, 5], {"rescale": "zscore", "rescale_within": "nonzero"}, "all selected voxels are 5, a"),
         ([0, 0, 0, 0], {"rescale": "zscore", "rescale_within": "nonzero"}, "no voxel is nonzero"),
         ([1, 2, 3, 4], {"rescale": "zscore", "rescale_within": "above:4"}, "no voxel is above 4"),
         ([0, 70000, 1, 2], {"rescale": "none", "voxel_dtype": "float16"}, "to 70000 do not fit float16;"),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import beam_nifti as bn
 from beam_nifti.config import BuildConfig, Columns, RecordConfig
 from beam_nifti.errors import DatasetError, UsageError, VolumeError
 from beam_nifti.inspection.diff import compare_datasets
@@ -142,6 +143,16 @@ def test_a_dataset_of_mapped_masks(tmp_path: Path, run: Callable[..., str]) -> N
     )
 
 
+def test_labels_that_no_mask_has_are_known_before_a_build(tmp_path: Path) -> None:
+    options = {"mask_column": "seg", "map_labels": {4: 3, 7: 1}, "progress": False}
+    survey = bn.check(cohort(tmp_path / "c"), voxels=True, **options)
+    assert survey["unmapped_labels"] == [7]
+    assert "warning       map_labels replaces labels that no mask has: 7" in str(survey)
+    assert "unmapped_labels" not in bn.check(tmp_path / "c/m.tsv", **options)
+    survey = bn.check(tmp_path / "c/m.tsv", voxels=True, **options | {"map_labels": "4=3"})
+    assert survey["unmapped_labels"] == []
+
+
 def test_a_map_in_a_file_of_options(tmp_path: Path) -> None:
     (tmp_path / "o.toml").write_text("mask-column = 'seg'\nmap-labels = {4 = 3, -1 = 0}\n")
     assert make_config("m.tsv", "x", {}, config=str(tmp_path / "o.toml")).record.map_labels == "-1=0,4=3"
@@ -163,6 +174,13 @@ def test_a_map_in_a_table_is_stored_and_not_its_path(tmp_path: Path, run: Callab
     assert info_of(tmp_path / "out").revision == 1
 
 
+def test_a_table_in_a_folder_whose_name_has_an_equals_sign(tmp_path: Path) -> None:
+    table = tmp_path / "site=a" / "labels.TSV"
+    table.parent.mkdir()
+    table.write_text("from\tto\n4\t3\n")
+    assert map_of(str(table)) == map_of(table) == "4=3"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -174,7 +192,7 @@ def test_a_map_in_a_table_is_stored_and_not_its_path(tmp_path: Path, run: Callab
         ("a.csv", "from,to\n4,3\n4,2\n", r"a\.csv: row 2 maps 4 twice, to 3 and to 2; drop one"),
         ("a.csv", "from,to\n4,-3\n", r"a\.csv: row 1 has 4=-3, but -3 is not from 0 to 65535; choose"),
         ("a.csv", "from,to\n4,4\n", "which maps every label to itself; drop it"),
-        ("a.csv", "from,to\n", "which maps every label to itself; drop it"),
+        ("a.csv", "from,to\n", "which has no rows; give the new label of each label to change"),
         ("a.csv", "from,to\n4,300\n", "maps 4 to 300, which uint8 cannot hold; use --mask-dtype uint16"),
     ],
 )

@@ -26,6 +26,7 @@ from beam_nifti.record.index import IndexEntry
 from beam_nifti.record.tiles import find_cuts
 from beam_nifti.volume.preprocess import prepare_volume
 from beam_nifti.volume.rescale import Scaling
+from beam_nifti.volume.target import in_own_units, is_rounded
 from beam_nifti.volume.volume import Volume, load_volume, require_rescaled, rescale_volume
 from tests.build_helpers import build
 from tests.datasets import SOURCE, edit_index, info_of, manifest_of, set_cell
@@ -105,6 +106,34 @@ def test_a_dataset_with_targets(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for wrong in ([str(output), "--mask", "--target"], [str(plain), "--target"]):
         assert cli.main(["extract", *wrong, "--id=sub-1", f"--out={tmp_path / 'x.nii'}"]) == 2
     assert bn.diff(plain, output).config["target_column"] == (None, "dose")
+
+
+EVEN = (0, 1 << 24, (1 << 24) + 2, 1 << 62, 3 << 30)
+
+
+@given(
+    st.lists(st.one_of(st.sampled_from(EVEN), st.integers(-(2**63), 2**64 - 1)), max_size=4),
+    st.sampled_from([np.int32, np.uint32, np.int64, np.uint64]),
+)
+def test_integers_that_float32_changes_are_noted(values: list[int], dtype: Any) -> None:
+    limits = np.iinfo(dtype)
+    voxels = np.array([limits.min, *(v for v in values if limits.min <= v <= limits.max)], dtype)
+    target = in_own_units("t.nii", voxels, Scaling())
+    is_changed = any(int(a) != int(b) for a, b in zip(voxels, target, strict=True))
+    assert is_rounded(voxels, Scaling(), target) == is_changed
+
+
+def test_a_target_that_float32_rounds_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = np.arange(120, dtype=np.uint32).reshape(SHAPE) + (1 << 24)
+    assert load(tmp_path, codes).notes == ("rounded-target",)
+    assert load(tmp_path, codes, slope=2.0**-10).notes == ()
+    assert load(tmp_path, codes, slope=3.0).notes == ("rounded-target",)
+    write_manifest(tmp_path / "m.tsv", [{"path": "a.nii", "dose": "t.nii"}])
+    arguments = [str(tmp_path / "m.tsv"), str(tmp_path / "out"), "--target-column=dose"]
+    assert cli.main(["build", *arguments]) == 0
+    assert "integers of the target change by a half or more in float32" in capsys.readouterr().err
 
 
 def test_only_a_row_without_a_usable_target_fails(tmp_path: Path) -> None:
