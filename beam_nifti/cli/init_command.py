@@ -183,6 +183,8 @@ def _values(choices: _Choices) -> dict[str, Any]:
 
 
 def _choose_columns(found: Recognized) -> _Choices:
+    from beam_nifti.manifest.recognition import is_target
+
     choices: _Choices = {}
     if found.id_column:
         choices["id_column"] = _Choice(found.id_column, "Ids of examples.")
@@ -192,6 +194,12 @@ def _choose_columns(found: Recognized) -> _Choices:
             if len(found.images) > 1
             else "The column of paths."
         )
+        targets = [name for name in found.images if is_target(name)]
+        if targets and (rest := [name for name in found.images if name != targets[0]]):
+            reason += (
+                f' To store "{targets[0]}" as a target to predict instead of a channel: '
+                f"path_column = {_toml(rest)} and target_column = {_toml(targets[0])}."
+            )
         choices["path_column"] = _Choice([*found.images], reason)
     if found.mask:
         choices["mask_column"] = _Choice(found.mask, "Label maps are stored with their images.")
@@ -224,6 +232,12 @@ def _choose_frames(found: Recognized, survey: Survey) -> _Choices:
         return {"frames": _Choice("first", reason)}
     if len(counts) == 1:
         reason = f'{have}, {counts[0]} each, which become channels. "each" makes every frame an example.'
+        if len(found.modality) == counts[0]:
+            reason = (
+                f"{have}, which become channels: {', '.join(found.modality)}. All channels of an image share "
+                "one range: rescale applies to them together. Only images of separate files, given with "
+                "path_column, are rescaled separately."
+            )
         return {"frames": _Choice("all", reason)}
     reason = f'{have}, from {counts[0]} to {counts[-1]}. Every frame becomes an example. "first" keeps one.'
     return {

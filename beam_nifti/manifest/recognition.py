@@ -7,6 +7,7 @@ images, of which a table in the folder may be the manifest.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shlex
 from collections import Counter, defaultdict
@@ -37,6 +38,9 @@ _ROLE_OF_NAME: Final = re.compile(rf"(?:(?P<case>.*)[_.-])?(?P<role>{_MASKS}|{_I
 _ROLE_OF_FOLDER: Final = re.compile(rf"(?P<role>{_MASKS}|{_IMAGES})(?:Tr|Ts)?", re.I | re.S)
 _IS_MASK: Final = re.compile(rf"(?:.*[_.-])?(?:{_MASKS})(?:[_.-].*)?", re.I | re.S)
 _MASK_SUFFIX: Final = re.compile("(?:.*mask|dseg|probseg|aseg)", re.I)
+_TARGETS: Final = re.compile(r"(?:.*[_.-])?(?:doses?|targets?)(?:[_.-].*)?", re.I | re.S)
+_NEARLY_ALL: Final = 0.8  # share of folders that have files of the same names, from which these are columns
+_RESERVED: Final = frozenset(["path", "split", "participant_id", "session_id", "image_id", "case_id"])
 _LABEL_MAPS: Final = ("dseg", "mask")
 _IDS: Final = ("image_id", "case_id")
 _KEYS: Final = ("participant_id", "session_id")
@@ -334,7 +338,7 @@ def _id_column(table: pa.Table, image: str) -> str:
 
 def _recognize_files(folder: str, paths: Sequence[str], notes: Sequence[str]) -> Recognized:
     """Images without a table, several of a case by the words in their names or folders."""
-    cases, more = _group(folder, paths)
+    cases, more = _group_by_folder(folder, paths) or _group(folder, paths)
     notes = [*notes, *more]
     kinds = {tuple(sorted(role for role in of if not _is_mask(role))) for of in cases.values()}
     masks = Counter(role for of in cases.values() for role in of if _is_mask(role))
@@ -367,6 +371,50 @@ def _recognize_files(folder: str, paths: Sequence[str], notes: Sequence[str]) ->
         without_mask=_count_empty(table, "mask") if mask else {},
         notes=(*notes, *notes_on_content(paths)),
     )
+
+
+def _group_by_folder(folder: str, paths: Sequence[str]) -> tuple[dict[str, dict[str, str]], list[str]] | None:
+    """The images of each folder by their names, if (nearly) all folders have the same; None otherwise.
+
+    Names that differ only in numbers are a series of examples, not the images of a case. Masks may be
+    missing.
+    """
+    cases = defaultdict[str, dict[str, str]](dict)
+    for path in paths:
+        below = path.removeprefix(f"{folder}/")
+        parent, _, name = (stem_of(below) or below).rpartition("/")
+        name = name.lower()
+        if name in cases[parent] or any(map(_ROLE_OF_FOLDER.fullmatch, parent.split("/"))):
+            return None
+        cases[parent][name] = path
+    counts = Counter(name for of in cases.values() for name in of)
+    enough = max(2, math.ceil(_NEARLY_ALL * len(cases)))
+    images = {name for name, count in counts.items() if count >= enough and not _is_mask(name)}
+    names = images | {name for name, count in counts.items() if count > 1 and _is_mask(name)}
+    words = {name if _ROLE_OF_FOLDER.fullmatch(name) else re.sub(r"\d+", "", name) for name in names}
+    whole = {case: of for case, of in cases.items() if images <= of.keys()}
+    if not images or len(names) < 2 or len(words) < len(names) or names & _RESERVED or len(whole) < enough:
+        return None
+    lacking = sorted(cases.keys() - whole.keys())
+    notes = [
+        f"not used: {case or folder}, which has no {' and no '.join(sorted(images - cases[case].keys()))}"
+        for case in lacking[:_SHOWN]
+    ]
+    if len(lacking) > _SHOWN:
+        notes.append(f"not used: {counted(len(lacking) - _SHOWN, 'other folder')} without these images")
+    others = sorted(path for of in whole.values() for name, path in of.items() if name not in names)
+    if others:
+        shown = first_few([path.removeprefix(f"{folder}/") for path in others], _SHOWN)
+        notes.append(f"not used: {counted(len(others), 'image')} ({shown}) that few folders have")
+    return {
+        case or folder.rpartition("/")[2]: {n: path for n, path in of.items() if n in names}
+        for case, of in whole.items()
+    }, notes
+
+
+def is_target(name: str) -> bool:
+    """Whether a column is named like one of images to predict, such as "dose"."""
+    return _TARGETS.fullmatch(name) is not None
 
 
 def _group(folder: str, paths: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:

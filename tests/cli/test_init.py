@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import beam_nifti as bn
 from beam_nifti.cli import main as cli
 from beam_nifti.manifest.recognition import recognize
 from beam_nifti.manifest.tables import read_table
@@ -227,6 +228,41 @@ def test_cases_that_have_different_images_are_not_combined(capsys: Capture) -> N
     assert {Path(path).name for path in sources(build(out))} == {"a_t1.nii", "a_t2.nii", "b_t1.nii"}
 
 
+def test_files_of_the_same_names_in_folders_are_columns(capsys: Capture) -> None:
+    for i in range(5):
+        for name in ("ct", "dose")[: 1 if i == 4 else 2]:
+            write_image(Path(f"data/case{i}/{name}.nii"), brain(seed=i))
+    labels("data/case0/ptv_mask.nii")
+    labels("data/case1/ptv_mask.nii")
+    write_image(Path("data/case2/extra.nii"))
+    _, err = init(capsys, "data")
+    assert "not used: case4, which has no dose\n" in err
+    assert "not used: 1 image (case2/extra.nii) that few folders have\n" in err
+    assert options_of() == {
+        "id_column": "case_id",
+        "path_column": ["ct", "dose"],
+        "mask_column": "mask",
+        "missing_mask": "empty",
+    }
+    text = " ".join(Path("data.toml").read_text().replace("\n# ", " ").split())
+    assert 'path_column = ["ct"] and target_column = "dose".' in text
+    survey = bn.check("data.tsv", **{**options_of(), "path_column": ["ct"], "target_column": "dose"})
+    assert (survey["num_images"], survey["num_bad"]) == (4, 0)
+
+
+def test_channels_of_4d_images_are_named_with_their_common_range(capsys: Capture) -> None:
+    def write(path: str, seed: int) -> None:
+        write_image(Path(path), brain((6, 5, 4, 2), seed))
+
+    write_decathlon(2, lambda path, i: write(path, i) if i >= 0 else labels(path))
+    content = json.loads(Path("data/dataset.json").read_text())
+    Path("data/dataset.json").write_text(json.dumps(content | {"modality": {"0": "FLAIR", "1": "T1w"}}))
+    init(capsys, "data")
+    assert options_of()["frames"] == "all"
+    text = " ".join(Path("data.toml").read_text().replace("\n# ", " ").split())
+    assert "become channels: FLAIR, T1w. All channels of an image share one range" in text
+
+
 def test_a_table_is_the_manifest(capsys: Capture) -> None:
     rows = []
     for i in range(3):
@@ -338,6 +374,9 @@ def test_all_images_that_fail_leave_no_file(capsys: Capture) -> None:
         ("sub-0001 sub-0002", ("path",), False),
         ("a_mask b_mask", ("path",), False),
         ("a a_t2", ("image", "t2"), False),
+        ("a/scan1 a/scan2 b/scan1 b/scan2", ("path",), False),
+        ("a/x a/y b/x b/y", ("x", "y"), False),
+        ("a/one_ct a/mask b/one_ct b/mask", ("path",), True),
     ],
 )
 def test_roles_in_names(paths: str, images: tuple[str, ...], mask: bool) -> None:
