@@ -25,6 +25,7 @@ from beam_nifti.manifest.msd import SPLITS, find_msd_images, read_channels
 from beam_nifti.manifest.tables import read_table
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import is_missing
+from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted, first_few
 
 _DEPTH: Final = 99  # folders below the one that is searched for images
@@ -63,6 +64,7 @@ class Recognized:
             tables of a study.
         command: command that writes the manifest again with a label, if there is one.
         notes: what was not used, and why.
+        left: what a user should decide, by its name: a comment, and a line to use, "" for none.
     """
 
     kind: str
@@ -76,6 +78,7 @@ class Recognized:
     label_columns: tuple[str, ...] = ()
     command: str = ""
     notes: tuple[str, ...] = ()
+    left: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def cells(self, column: str) -> list[str]:
         """The cells of a column of the manifest."""
@@ -181,10 +184,25 @@ def _recognize_bids(
     masked, flags, notes = _find_masks(study, suffix, found, all_images=has_several)
     if masked is not None:
         found = masked
-    command = ["beam-nifti", "manifest", "bids", root, "--suffix", suffix, *flags]
+    command = ["beam-nifti", "manifest", "bids", root, "--suffix", suffix]
     command += ["--all-images"] if has_several else []
     written = ["--out", out, "--overwrite"]
-    columns = _columns_of(storage.join(study.root, "participants.tsv"))
+    people = storage.join(root, "participants.tsv")
+    columns = _columns_of(people)
+    without_mask = {} if masked is None else _count_empty(found.table, "mask")
+    rare = {name: those for name, those in sessions.items() if len(images[name]) == len(those)}
+    more = [*(flags if masked and not without_mask else []), *written]
+    left = {} if has_several else _rare_suffixes(rare, suffixes, command[:-1], more)
+    if masked is None and flags:
+        selecting = shlex.join([*command, *flags, *written])
+        notes.append(f"init has no --entity; this command has it: {selecting}")
+        left["masks"] = ("Masks are not used. This command selects one for each image:", selecting)
+    with_label = [*command, *(flags if masked else []), "--label", *columns[:1], *written]
+    if without_mask:  # manifest bids skips images without a mask
+        target = re.sub(r"(\.\w+)$", r"_labelled\1", out)
+        on = ["--on", "participant_id", "--join-columns", f"label={columns[0]}"] if columns else []
+        with_label = ["beam-nifti", "manifest", "table", out, "--join", people, *on, "--unmatched", "keep"]
+        with_label += ["--out", target, "--overwrite"]
     return Recognized(
         f"a BIDS study with {' and '.join(suffixes)} images",
         found.table,
@@ -192,10 +210,34 @@ def _recognize_bids(
         mask="" if masked is None else "mask",
         id_column="image_id" if has_several else "",
         modality=tuple(suffixes),
+        without_mask=without_mask,
         label_columns=tuple(columns),
-        command=shlex.join([*command, "--label", columns[0], *written]) if columns else "",
+        command=shlex.join(with_label) if columns else "",
         notes=(*found.notes, *notes),
+        left=left,
     )
+
+
+def _rare_suffixes(
+    sessions: Mapping[str, set[tuple[str, str]]],
+    suffixes: Sequence[str],
+    command: Sequence[str],
+    written: Sequence[str],
+) -> dict[str, tuple[str, str]]:
+    """Suffixes that most sessions have: who lacks them, and the command for a manifest of the others."""
+    all_of = sessions[suffixes[0]]
+    left = dict[str, tuple[str, str]]()
+    for suffix, those in sessions.items():
+        lacking = ["_".join(filter(None, session)) for session in sorted(all_of - those)]
+        if suffix not in suffixes and 2 * len(lacking) < len(all_of):
+            both = [*suffixes, suffix]
+            text = (
+                f"{suffix} images are not used, because {first_few(lacking, _SHOWN)} "
+                f"{'has' if len(lacking) == 1 else 'have'} none. This command writes the manifest of the "
+                f"others, for path_column = {dump_json(both)}:"
+            )
+            left[suffix] = (text, shlex.join([*command, ",".join(both), *written]))
+    return left
 
 
 def _columns_of(path: str) -> list[str]:
@@ -208,8 +250,12 @@ def _columns_of(path: str) -> list[str]:
 def _find_masks(
     study: Study, suffix: str, found: FoundImages, *, all_images: bool
 ) -> tuple[FoundImages | None, list[str], list[str]]:
-    """The manifest with masks, if every image has one; its flags; and notes on masks that are not used."""
+    """The manifest with the masks of most images; its flags; and notes on masks that are not used.
+
+    Without masks, the flags are those for masks of which a user can select some.
+    """
     above, notes = storage.join(study.root, "derivatives"), list[str]()
+    best, best_flags, ambiguous = FoundImages(found.table.slice(0, 0), ()), list[str](), list[str]()
     places = {"": study}
     for name in storage.list_folders(above):
         if (derivative := _scan(storage.join(above, name))) is not None:
@@ -218,6 +264,7 @@ def _find_masks(
         where = f"derivatives/{name}" if name else "the study"
         for mask in (each for each in _LABEL_MAPS if each in place.images):
             refusal: UsageError | None = None
+            flags = ["--mask-suffix", mask, *(["--derivatives", name] if name else [])]
             for entities in ({}, {f"{mask}:space": [""]}):
                 try:
                     masked = find_bids_images(
@@ -232,14 +279,25 @@ def _find_masks(
                 except UsageError as e:
                     refusal = refusal or e
                     continue
+                chosen = [*flags, *(f"--entity={key}={labels[0]}" for key, labels in entities.items())]
                 if masked.table.num_rows == found.table.num_rows:
-                    flags = ["--mask-suffix", mask, *(["--derivatives", name] if name else [])]
-                    flags += [f"--entity={key}={labels[0]}" for key, labels in entities.items()]
-                    return masked, flags, notes
-                have = f"{masked.table.num_rows} of {counted(found.table.num_rows, 'image')} have one"
-                refusal = UsageError(f"only {have}")
-            notes.append(f"not used: {mask} images of {where} as masks: {refusal}")
-    return None, [], notes
+                    return masked, chosen, notes
+                if masked.table.num_rows > best.table.num_rows:
+                    best, best_flags = masked, chosen
+                refusal = None
+                break
+            if refusal:
+                if "--entity" in str(refusal):
+                    prefix = f"{mask}:" if f"--entity {mask}:" in str(refusal) else ""
+                    ambiguous = ambiguous or [*flags, "--entity", f"{prefix}KEY=LABEL"]
+                notes.append(f"not used: {mask} images of {where} as masks: {refusal}")
+    if not best.table.num_rows:
+        return None, ambiguous, notes
+    image = suffix.split(",")[0] if "," in suffix else "path"
+    masks = dict(zip(best.table[image].to_pylist(), best.table["mask"].to_pylist(), strict=True))
+    cells = [masks.get(path, "") for path in found.table[image].to_pylist()]
+    table = found.table.append_column("mask", pa.array(cells, pa.string()))
+    return FoundImages(table, found.notes), best_flags, notes
 
 
 # Other images

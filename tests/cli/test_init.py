@@ -193,12 +193,53 @@ def test_a_study_of_several_modalities_with_masks_on_another_grid(capsys: Captur
     assert read_table("made/here/data.tsv")["label"].to_pylist() == ["3"]
 
 
-def test_masks_that_some_images_lack_are_not_used_in_a_study(capsys: Capture) -> None:
-    write_bids(2, lambda path, i: write_image(Path(path), brain(seed=i)) and None)
-    labels("data/sub-00/ses-1/anat/sub-00_ses-1_dseg.nii")
-    out, err = init(capsys, "data")
-    assert "not used: dseg images of the study as masks: only 1 of 2 images have one\n" in err
-    assert len(build(out)) == 2
+def test_masks_that_some_images_of_a_study_lack_are_empty(capsys: Capture) -> None:
+    write_bids(3, lambda path, i: write_image(Path(path), brain(seed=i)) and None)
+    for i in (0, 2):
+        labels(f"data/sub-0{i}/ses-1/anat/sub-0{i}_ses-1_dseg.nii")
+    write_manifest(Path("data/participants.tsv"), [{"participant_id": f"sub-0{i}", "age": i} for i in "01"])
+    init(capsys, "data")
+    assert options_of() == {"mask_column": "mask", "missing_mask": "empty"}
+    masks = read_table("data.tsv")["mask"].to_pylist()
+    assert [Path(path).name[:6] for path in masks] == ["sub-00", "", "sub-02"]
+    # The command for labels keeps the image without a mask.
+    assert cli.main(shlex.split(printed_command())[1:]) == cli.SUCCESS
+    assert read_table("data_labelled.tsv").select(["mask", "label"]).to_pydict() == {
+        "mask": masks,
+        "label": ["0", "1", "n/a"],
+    }
+
+
+def printed_command(path: str = "data.toml") -> str:
+    """The only command of the file that writes a manifest."""
+    lines = Path(path).read_text().splitlines()
+    (command,) = (line[2:] for line in lines if line.startswith("# beam-nifti manifest"))
+    return command
+
+
+def test_a_channel_that_a_participant_lacks_is_left_to_the_user(capsys: Capture) -> None:
+    for i in range(3):
+        for suffix in ("T1w", "FLAIR")[: 1 if i == 1 else 2]:
+            write_image(Path(f"data/sub-{i}/anat/sub-{i}_{suffix}.nii"), brain(seed=i))
+    init(capsys, "data")
+    assert "FLAIR images are not used, because sub-1 has none." in decided()
+    assert cli.main(shlex.split(printed_command())[1:]) == cli.SUCCESS
+    table = read_table("data.tsv")
+    assert {"T1w", "FLAIR"} <= {*table.column_names}
+    assert table["participant_id"].to_pylist() == ["sub-0", "sub-2"]
+
+
+def test_masks_that_must_be_selected_have_a_command(capsys: Capture) -> None:
+    for i in range(2):
+        write_image(Path(f"data/sub-{i}/anat/sub-{i}_T1w.nii"), brain(seed=i))
+        for rater in "ab":
+            labels(f"data/sub-{i}/anat/sub-{i}_desc-{rater}_dseg.nii")
+    _, err = init(capsys, "data")
+    command = printed_command()
+    assert f"init has no --entity; this command has it: {command}" in err
+    words = shlex.split(command.replace("KEY=LABEL", "desc=a"))
+    assert cli.main(words[1:]) == cli.SUCCESS
+    assert read_table("data.tsv")["mask"].to_pylist()[0].endswith("sub-0_desc-a_dseg.nii")
 
 
 def test_channels_and_masks_in_the_folders_of_cases(capsys: Capture) -> None:
@@ -304,6 +345,36 @@ def test_ct_is_known_by_its_air(capsys: Capture) -> None:
     init(capsys, "data")
     assert options_of() == {"rescale": "window:-1024,3071"}
     assert "-1,000 to 400 in 2 images" in Path("data.toml").read_text()
+
+
+def ct(path: str) -> None:
+    voxels = np.random.default_rng(0).choice([-1000, 40, 60, 400], (6, 5, 4), p=[0.4, 0.3, 0.2, 0.1])
+    write_image(Path(path), voxels.astype(np.int16))
+
+
+def decided(path: str = "data.toml") -> str:
+    """The part of the file for what is not decided, on one line."""
+    return " ".join(Path(path).read_text().partition("Not decided:")[2].replace("\n# ", " ").split())
+
+
+def test_images_of_which_some_are_ct_are_left_to_the_user(capsys: Capture) -> None:
+    for i in range(3):
+        ct(f"data/scan{i}.nii")
+    write_image(Path("data/scan3.nii"), brain())
+    assert "intensities" in init(capsys, "data")[0]
+    assert "rescale" not in options_of()
+    assert "4 images read, 3 of them like CT; scan3.nii is not. By default" in decided()
+    assert '# rescale = "window:-1024,3071"\n' in Path("data.toml").read_text()
+
+
+@pytest.mark.parametrize("name", ["ct", "scan"])
+def test_a_channel_of_ct_is_named(capsys: Capture, name: str) -> None:
+    for i in range(2):
+        ct(f"data/{i}/{name}.nii")
+        write_image(Path(f"data/{i}/pet.nii"), brain(seed=i))
+    init(capsys, "data")
+    assert "rescale" not in options_of()
+    assert f"{name} looks like CT. By default, each image is scaled" in decided()
 
 
 def test_bright_voxels_and_nan_are_found_in_voxels(capsys: Capture) -> None:
