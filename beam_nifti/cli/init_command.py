@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import math
+import re
 import shlex
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -84,9 +85,15 @@ def init(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     out = storage.path_text("--out", options.out) if options.out is not None else ""
     manifest, config, dataset = (storage.join(out, name + end) for end in (".tsv", ".toml", "_dataset"))
     found = recognize(options.folder, manifest)
+    if not found.path:
+        for cell in (cell for name in found.read().column_names for cell in found.cells(name)):
+            if re.search("[\0\t\r\n]", cell):
+                raise UsageError(
+                    f"{cell!r} has a tab or a line break, which no .tsv can hold; rename the file"
+                )
     inputs = {"a table of the study": manifest if is_study_table(manifest, options.folder) else None}
     for path in (config,) if found.path else (manifest, config):
-        require_out(path, overwrite=options.overwrite, inputs=inputs)
+        require_out(path, overwrite=options.overwrite, inputs=inputs, other="another folder with --out DIR")
     command = shlex.join(["beam-nifti", "build", found.path or manifest, dataset, "--config", config])
     with _each_once():
         for note in found.notes:
@@ -423,19 +430,24 @@ def _undecided(found: Recognized, survey: Survey, manifest: str) -> _Left:
     """What a user should decide, as far as files and headers show."""
     left = _Left()
     columns = found.read().column_names
+    if found.is_empty("label"):
+        columns.remove("label")
     names = first_few(found.label_columns, _MOST_COLUMNS)
     if "label" not in columns and found.path:
         if names:
             text = f"No labels. Columns of {found.path} that can be labels: {names}."
             left["labels"] = (text, f"label_column = {_toml(found.label_columns[0])}")
         else:
-            left["labels"] = (f"No labels. For labels, add a column label to {found.path}.", "")
+            left["labels"] = (f"No labels. For labels, fill a column label of {found.path}.", "")
     elif "label" not in columns and found.command:
         of = f", which has {names}" if names else ""
         text = f"No labels. This command takes them from a column of participants.tsv{of}:"
         left["labels"] = (text, found.command)
     elif "label" not in columns:
-        text = f"No labels. For labels, add a column label to {manifest}, or see `beam-nifti manifest table`."
+        folders = first_few(found.class_folders, _MOST_COLUMNS)
+        of = f" The names of the folders ({folders}) may be labels." if folders else ""
+        how = f"add a column label to {manifest}, or see `beam-nifti manifest table`"
+        text = f"No labels.{of} For labels, {how}."
         left["labels"] = (text, "")
     if "split" not in columns:
         by = "participant" if "participant_id" in columns else "example, as there is no column participant_id"

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import pyarrow as pa
@@ -65,6 +66,7 @@ class Recognized:
         command: command that writes the manifest again with a label, if there is one.
         notes: what was not used, and why.
         left: what a user should decide, by its name: a comment, and a line to use, "" for none.
+        class_folders: folders of several examples each, which may be classes.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class Recognized:
     command: str = ""
     notes: tuple[str, ...] = ()
     left: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    class_folders: tuple[str, ...] = ()
 
     def cells(self, column: str) -> list[str]:
         """The cells of a column of the manifest."""
@@ -88,6 +91,10 @@ class Recognized:
     def read(self) -> pa.Table:
         """The manifest."""
         return read_table(self.path) if self.table is None else self.table
+
+    def is_empty(self, column: str) -> bool:
+        """Whether a column exists and has no value."""
+        return column in self.read().column_names and all(map(is_missing, self.cells(column)))
 
     def relative_to(self, folder: str) -> pa.Table:
         """The manifest with relative paths of files below a folder."""
@@ -115,11 +122,14 @@ def recognize(root: str, out: str) -> Recognized:
     study = _scan(folder)
     if study is not None and (images := _images_of_study(study)):
         return _recognize_bids(study, images, root, out)
-    paths = _list_all(folder)
+    paths, links = _list_all(folder)
     if not paths:
         raise UsageError(f"{root}: no images, neither there nor in a folder below; name a folder of images")
     table, notes = _recognize_table(folder, paths, root)
-    return table or _recognize_files(folder, paths, notes)
+    more = [f"not used: {counted(links, 'link')} to files that are there under another name"] if links else []
+    if table:
+        return replace(table, notes=(*more, *table.notes))
+    return _recognize_files(folder, paths, [*more, *notes, *_notes_on_twins(folder, paths)])
 
 
 def _recognize_msd(folder: str, channels: Sequence[str]) -> Recognized:
@@ -241,10 +251,11 @@ def _rare_suffixes(
 
 
 def _columns_of(path: str) -> list[str]:
-    """The columns of a table of participants, besides the ids; none if there is no table."""
-    return (
-        [name for name in read_table(path).column_names if name not in _KEYS] if storage.exists(path) else []
-    )
+    """The columns of a table of participants, besides the ids and empty ones; none if there is no table."""
+    if not storage.exists(path):
+        return []
+    table = read_table(path)
+    return [name for name in table.column_names if name not in _KEYS and _num_given(table, name)]
 
 
 def _find_masks(
@@ -303,8 +314,8 @@ def _find_masks(
 # Other images
 
 
-def _list_all(folder: str) -> list[str]:
-    """The paths of all images of a folder, sorted; without hidden ones."""
+def _list_all(folder: str) -> tuple[list[str], int]:
+    """The paths of all images of a folder, sorted; without hidden ones, and how many links were dropped."""
     try:
         below = [*storage.list_files(folder), *storage.list_tree(folder, "", _DEPTH)]
     except (FileNotFoundError, NotADirectoryError) as e:
@@ -312,7 +323,41 @@ def _list_all(folder: str) -> list[str]:
     found = [path for path in below if not path.startswith(".") and not is_of_macos(path)]
     paths = [storage.join(folder, path) for path in found if stem_of(path) is not None]
     storage.require_text(paths)
-    return drop_second_halves(sorted(paths))
+    paths = drop_second_halves(sorted(paths))
+    kept = paths if storage.is_remote(folder) else _drop_links(folder, paths)
+    return kept, len(paths) - len(kept)
+
+
+def _drop_links(folder: str, paths: Sequence[str]) -> list[str]:
+    """Leave out links to files that are among the paths, and the files of folders that are there twice.
+
+    Links to files elsewhere stay, because those of git-annex lead to one file where images are equal.
+    """
+    real = {path: os.path.realpath(path) for path in paths}
+    place = {  # of the file itself or of its link, in a folder without links
+        path: storage.join(os.path.realpath(path.rpartition("/")[0]), path.rpartition("/")[2])
+        for path in paths
+    }
+    root, seen, kept = os.path.realpath(folder), set[str](), list[str]()
+
+    def rank(path: str) -> tuple[bool, bool, str]:
+        return real[path] != place[path], place[path] != root + path.removeprefix(folder), path
+
+    for path in sorted(paths, key=rank):
+        if not {place[path], real[path]} & seen:
+            kept.append(path)
+        seen.add(place[path])
+    return sorted(kept)
+
+
+def _notes_on_twins(folder: str, paths: Sequence[str]) -> list[str]:
+    """A note on images whose names differ only in the ending, such as .nii and .nii.gz."""
+    counts = Counter(map(stem_of, paths))
+    twins = [path.removeprefix(f"{folder}/") for path in paths if counts[stem_of(path)] > 1]
+    if not twins:
+        return []
+    shown = first_few(twins, 2 * _SHOWN)
+    return [f"same name but for the ending: {shown}; each is an image; remove one if they are the same"]
 
 
 def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Recognized | None, list[str]]:
@@ -325,18 +370,27 @@ def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Reco
         except ManifestError as e:
             notes.append(f"not used: {name}: {'; '.join(e.problems)}")
             continue
-        named = dict[str, set[str]]()
+        named, absent = dict[str, set[str]](), dict[str, list[str]]()
         for column in table.column_names:
             paths_of = _named(table, column, folder)
             if paths_of and paths_of <= known and paths_of not in named.values():
                 named[column] = paths_of
+            elif paths_of & known and paths_of - known:
+                absent[column] = sorted(paths_of - known)
         is_full = any(_num_given(table, column) == table.num_rows for column in named)
         num = len(set[str]().union(*named.values()))
+        for column, missing in absent.items():
+            shown = first_few([path.removeprefix(f"{folder}/") for path in missing], _SHOWN)
+            notes.append(
+                f"not used: the column {column} of {name}, which names {counted(len(missing), 'file')} that "
+                f"{'is' if len(missing) == 1 else 'are'} not there: {shown}; copy what is missing, or empty "
+                "its cells"
+            )
         if is_full and 2 * num >= len(known):
             best[name] = (num, table, [*named])
         elif named:
             notes.append(f"not used: {name}, which names {num:,} of {counted(len(known), 'image')}")
-        else:
+        elif not absent:
             notes.append(
                 f"not used: {name}, which has no column of paths of images; beam-nifti manifest table adds "
                 "its columns by ids"
@@ -355,7 +409,8 @@ def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Reco
     notes += [
         f"not used: the column {column} of {name}; only the first column of masks is" for column in masks[1:]
     ]
-    others = [each for each in table.column_names if each not in (*columns, *_KEYS, *_IDS, "split", "label")]
+    given = [each for each in table.column_names if _num_given(table, each)]
+    others = [each for each in given if each not in (*columns, *_KEYS, *_IDS, "split", "label")]
     found = Recognized(
         f"images that {name} lists",
         None,
@@ -416,6 +471,8 @@ def _recognize_files(folder: str, paths: Sequence[str], notes: Sequence[str]) ->
     table = table.drop_columns("path")
     if len(roles) > 1 and "participant_id" not in table.column_names:
         table = table.append_column("case_id", pa.array([case for case, _ in rows], pa.string()))
+    tops = Counter(path.removeprefix(f"{folder}/").rpartition("/")[0].partition("/")[0] for path in first)
+    is_class = "" not in tops and 1 < len(tops) < len(first) and min(tops.values()) > 1
     names = tuple(role or "image" for role in roles) if len(roles) > 1 else ("path",)
     for name, role in (*zip(names, roles, strict=True), *([("mask", mask)] if mask else [])):
         table = table.append_column(name, pa.array([of.get(role, "") for _, of in rows], pa.string()))
@@ -428,6 +485,7 @@ def _recognize_files(folder: str, paths: Sequence[str], notes: Sequence[str]) ->
         modality=roles if len(roles) > 1 else (),
         without_mask=_count_empty(table, "mask") if mask else {},
         notes=(*notes, *notes_on_content(paths)),
+        class_folders=tuple(sorted(tops)) if is_class and "participant_id" not in table.column_names else (),
     )
 
 

@@ -419,7 +419,8 @@ def test_nothing_is_replaced_and_nothing_written_for_nothing(capsys: Capture) ->
     write_image(Path("data/a.nii"))
     for name in ("data.tsv", "data.toml"):
         Path(name).write_text("mine")
-        assert f"{name}: already exists" in init(capsys, "data", code=cli.USAGE)[1]
+        why = f"{name}: already exists; choose another folder with --out DIR, or"
+        assert why in init(capsys, "data", code=cli.USAGE)[1]
         assert sorted(path.name for path in Path().iterdir()) == ["data", name]
         assert Path(name).read_text() == "mine"
         Path(name).unlink()
@@ -427,6 +428,73 @@ def test_nothing_is_replaced_and_nothing_written_for_nothing(capsys: Capture) ->
     out, err = init(capsys, "data", "--overwrite")
     assert "not used: notes.csv, which has no column of paths of images" in err
     assert len(build(out)) == 1
+
+
+def test_a_name_that_no_tsv_can_hold_is_to_be_changed(capsys: Capture) -> None:
+    write_image(Path("data/a\tb.nii"))
+    assert (
+        "has a tab or a line break, which no .tsv can hold; rename the file"
+        in (init(capsys, "data", code=cli.USAGE)[1])
+    )
+
+
+def test_files_of_a_table_that_are_not_there_are_named(capsys: Capture) -> None:
+    write_files(2, lambda path, i: write_image(Path(path), brain(seed=i)) and None)
+    write_manifest(Path("data/t.csv"), [{"file": f"{'ab'[i % 2]}/scan {i}.nii"} for i in range(3)])
+    why = "not used: the column file of t.csv, which names 1 file that is not there: a/scan 2.nii; copy"
+    err = init(capsys, "data")[1]
+    assert why in err
+    assert "has no column" not in err
+
+
+def test_each_file_is_used_once(capsys: Capture) -> None:
+    write_image(Path("data/z/1.nii"), brain(seed=1))
+    write_image(Path("data/z/2.nii"), brain(seed=2))
+    write_image(Path("data/z/2.nii.gz"), brain(seed=3))
+    write_image(Path("elsewhere/3.nii"), brain(seed=4))
+    Path("data/above.nii").symlink_to("z/1.nii")
+    write_image(Path("data/4.nii"), brain(seed=4))
+    Path("data/z/loop").symlink_to("..")
+    for name in ("c", "d"):
+        Path(f"data/{name}").symlink_to("../elsewhere")
+    _, err = init(capsys, "data")
+    assert "links to files that are there under another name\n" in err
+    assert "same name but for the ending: z/2.nii, z/2.nii.gz; each is an image" in err
+    files = [
+        str(Path(path).resolve().relative_to(Path.cwd()))
+        for path in read_table("data.tsv")["path"].to_pylist()
+    ]
+    assert sorted(files) == [
+        *("data/4.nii", "data/z/1.nii", "data/z/2.nii", "data/z/2.nii.gz", "elsewhere/3.nii")
+    ]
+
+
+def test_links_of_git_annex_to_one_file_stay(capsys: Capture) -> None:
+    write_image(Path("data/.git/annex/one.nii"), brain())
+    for name in "ab":
+        Path(f"data/{name}.nii").symlink_to(".git/annex/one.nii")
+    init(capsys, "data")
+    assert read_table("data.tsv")["path"].to_pylist() == ["data/a.nii", "data/b.nii"]
+
+
+def test_folders_may_be_classes_and_orientations_may_tie(capsys: Capture) -> None:
+    for i in range(2):
+        write_image(Path(f"data/covid/{i}.nii"), brain(seed=i))
+        write_image(Path(f"data/normal/{i}.nii"), brain(seed=i), affine=FLIPPED)
+    init(capsys, "data")
+    assert "The names of the folders (covid, normal) may be labels." in decided()
+    assert "are equally frequent" in " ".join(Path("data.toml").read_text().replace("\n# ", " ").split())
+
+
+def test_empty_columns_are_no_labels(capsys: Capture) -> None:
+    rows = []
+    for i in range(2):
+        write_image(Path(f"data/{i}.nii"), brain(seed=i))
+        rows.append({"path": f"{i}.nii", "label": "", "stage": "", "age": i})
+    write_manifest(Path("data/t.csv"), rows)
+    out, _ = init(capsys, "data")
+    assert "can be labels: age. label_column" in decided().replace("# ", "")
+    build(out)
 
 
 def test_all_images_that_fail_leave_no_file(capsys: Capture) -> None:
