@@ -212,7 +212,7 @@ def _recognize_bids(
         target = re.sub(r"(\.\w+)$", r"_labelled\1", out)
         on = ["--on", "participant_id", "--join-columns", f"label={columns[0]}"] if columns else []
         with_label = ["beam-nifti", "manifest", "table", out, "--join", people, *on, "--unmatched", "keep"]
-        with_label += ["--out", target, "--overwrite"]
+        with_label += ["--out", target]
     return Recognized(
         f"a BIDS study with {' and '.join(suffixes)} images",
         found.table,
@@ -308,7 +308,8 @@ def _find_masks(
     masks = dict(zip(best.table[image].to_pylist(), best.table["mask"].to_pylist(), strict=True))
     cells = [masks.get(path, "") for path in found.table[image].to_pylist()]
     table = found.table.append_column("mask", pa.array(cells, pa.string()))
-    return FoundImages(table, found.notes), best_flags, notes
+    kept = tuple(note for note in best.notes if not note.endswith(" without a mask"))
+    return FoundImages(table, kept), best_flags, notes
 
 
 # Other images

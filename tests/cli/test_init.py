@@ -198,7 +198,8 @@ def test_masks_that_some_images_of_a_study_lack_are_empty(capsys: Capture) -> No
     for i in (0, 2):
         labels(f"data/sub-0{i}/ses-1/anat/sub-0{i}_ses-1_dseg.nii")
     write_manifest(Path("data/participants.tsv"), [{"participant_id": f"sub-0{i}", "age": i} for i in "01"])
-    init(capsys, "data")
+    _, err = init(capsys, "data")
+    assert "not used" not in err
     assert options_of() == {"mask_column": "mask", "missing_mask": "empty"}
     masks = read_table("data.tsv")["mask"].to_pylist()
     assert [Path(path).name[:6] for path in masks] == ["sub-00", "", "sub-02"]
