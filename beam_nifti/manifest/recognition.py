@@ -13,7 +13,7 @@ import re
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 import pyarrow as pa
@@ -42,6 +42,7 @@ _IS_MASK: Final = re.compile(rf"(?:.*[_.-])?(?:{_MASKS})(?:[_.-].*)?", re.I | re
 _MASK_SUFFIX: Final = re.compile("(?:.*mask|dseg|probseg|aseg)", re.I)
 _TARGETS: Final = re.compile(r"(?:.*[_.-])?(?:doses?|targets?)(?:[_.-].*)?", re.I | re.S)
 _NEARLY_ALL: Final = 0.8  # share of folders that have files of the same names, from which these are columns
+_MOST_CLASSES: Final = 20
 _RESERVED: Final = frozenset(["path", "split", "participant_id", "session_id", "image_id", "case_id"])
 _LABEL_MAPS: Final = ("dseg", "mask")
 _IDS: Final = ("image_id", "case_id")
@@ -122,14 +123,16 @@ def recognize(root: str, out: str) -> Recognized:
     study = _scan(folder)
     if study is not None and (images := _images_of_study(study)):
         return _recognize_bids(study, images, root, out)
-    paths, links = _list_all(folder)
+    paths = _list_all(folder)
     if not paths:
         raise UsageError(f"{root}: no images, neither there nor in a folder below; name a folder of images")
     table, notes = _recognize_table(folder, paths, root)
-    more = [f"not used: {counted(links, 'link')} to files that are there under another name"] if links else []
     if table:
-        return replace(table, notes=(*more, *table.notes))
-    return _recognize_files(folder, paths, [*more, *notes, *_notes_on_twins(folder, paths)])
+        return table
+    kept = paths if storage.is_remote(folder) else _drop_links(folder, paths)
+    if links := len(paths) - len(kept):
+        notes.append(f"not used: {counted(links, 'link')} to files that are there under another name")
+    return _recognize_files(folder, kept, [*notes, *_notes_on_twins(folder, kept)])
 
 
 def _recognize_msd(folder: str, channels: Sequence[str]) -> Recognized:
@@ -198,7 +201,7 @@ def _recognize_bids(
     command += ["--all-images"] if has_several else []
     written = ["--out", out, "--overwrite"]
     people = storage.join(root, "participants.tsv")
-    columns = _columns_of(people)
+    columns = _columns_of(storage.join(study.root, "participants.tsv"))
     without_mask = {} if masked is None else _count_empty(found.table, "mask")
     rare = {name: those for name, those in sessions.items() if len(images[name]) == len(those)}
     more = [*(flags if masked and not without_mask else []), *written]
@@ -315,8 +318,8 @@ def _find_masks(
 # Other images
 
 
-def _list_all(folder: str) -> tuple[list[str], int]:
-    """The paths of all images of a folder, sorted; without hidden ones, and how many links were dropped."""
+def _list_all(folder: str) -> list[str]:
+    """The paths of all images of a folder, sorted; without hidden ones."""
     try:
         below = [*storage.list_files(folder), *storage.list_tree(folder, "", _DEPTH)]
     except (FileNotFoundError, NotADirectoryError) as e:
@@ -324,9 +327,7 @@ def _list_all(folder: str) -> tuple[list[str], int]:
     found = [path for path in below if not path.startswith(".") and not is_of_macos(path)]
     paths = [storage.join(folder, path) for path in found if stem_of(path) is not None]
     storage.require_text(paths)
-    paths = drop_second_halves(sorted(paths))
-    kept = paths if storage.is_remote(folder) else _drop_links(folder, paths)
-    return kept, len(paths) - len(kept)
+    return drop_second_halves(sorted(paths))
 
 
 def _drop_links(folder: str, paths: Sequence[str]) -> list[str]:
@@ -376,8 +377,10 @@ def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Reco
             paths_of = _named(table, column, folder)
             if paths_of and paths_of <= known and paths_of not in named.values():
                 named[column] = paths_of
-            elif paths_of & known and paths_of - known:
-                absent[column] = sorted(paths_of - known)
+            elif paths_of & known and (
+                missing := [path for path in sorted(paths_of - known) if not storage.exists(path)]
+            ):
+                absent[column] = missing
         is_full = any(_num_given(table, column) == table.num_rows for column in named)
         num = len(set[str]().union(*named.values()))
         for column, missing in absent.items():
@@ -473,7 +476,7 @@ def _recognize_files(folder: str, paths: Sequence[str], notes: Sequence[str]) ->
     if len(roles) > 1 and "participant_id" not in table.column_names:
         table = table.append_column("case_id", pa.array([case for case, _ in rows], pa.string()))
     tops = Counter(path.removeprefix(f"{folder}/").rpartition("/")[0].partition("/")[0] for path in first)
-    is_class = "" not in tops and 1 < len(tops) < len(first) and min(tops.values()) > 1
+    is_class = "" not in tops and 1 < len(tops) <= _MOST_CLASSES and min(tops.values()) > 1
     names = tuple(role or "image" for role in roles) if len(roles) > 1 else ("path",)
     for name, role in (*zip(names, roles, strict=True), *([("mask", mask)] if mask else [])):
         table = table.append_column(name, pa.array([of.get(role, "") for _, of in rows], pa.string()))

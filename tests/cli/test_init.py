@@ -470,6 +470,13 @@ def test_each_file_is_used_once(capsys: Capture) -> None:
     ]
 
 
+def test_a_table_may_name_links(capsys: Capture) -> None:
+    write_image(Path("data/z/1.nii"), brain())
+    Path("data/b.nii").symlink_to("z/1.nii")
+    write_manifest(Path("data/t.csv"), [{"path": "b.nii", "age": 3}])
+    assert "found    images that t.csv lists: 1 example" in init(capsys, "data")[0]
+
+
 def test_links_of_git_annex_to_one_file_stay(capsys: Capture) -> None:
     write_image(Path("data/.git/annex/one.nii"), brain())
     for name in "ab":
