@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import math
+import re
 import shlex
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ _PERCENTILES: Final = (0.5, 99.5)
 _AIR: Final = (-1100.0, -850.0)  # HU, which at least this share of the voxels of CT has:
 _AIR_SHARE: Final = 0.01
 _LEAST_HU: Final = -3500.0  # scanners write -1,024, -2,048 or -3,024 outside of their field of view
+_CT_WINDOW: Final = "window:-1024,3071"
 _MOST_LABEL: Final = 255  # of a mask of uint8
 
 _Look = Callable[[Mapping[str, Any]], "Survey"]
@@ -53,6 +55,7 @@ class _Choice:
 
 
 _Choices = dict[str, _Choice]
+_Left = dict[str, tuple[str, str]]  # what a user should decide: a comment and a line to use, "" for none
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,15 @@ def init(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
     out = storage.path_text("--out", options.out) if options.out is not None else ""
     manifest, config, dataset = (storage.join(out, name + end) for end in (".tsv", ".toml", "_dataset"))
     found = recognize(options.folder, manifest)
+    if not found.path:
+        for cell in (cell for name in found.read().column_names for cell in found.cells(name)):
+            if re.search("[\0\t\r\n]", cell):
+                raise UsageError(
+                    f"{cell!r} has a tab or a line break, which no .tsv can hold; rename the file"
+                )
     inputs = {"a table of the study": manifest if is_study_table(manifest, options.folder) else None}
     for path in (config,) if found.path else (manifest, config):
-        require_out(path, overwrite=options.overwrite, inputs=inputs)
+        require_out(path, overwrite=options.overwrite, inputs=inputs, other="another folder with --out DIR")
     command = shlex.join(["beam-nifti", "build", found.path or manifest, dataset, "--config", config])
     with _each_once():
         for note in found.notes:
@@ -95,12 +104,12 @@ def init(run: RunSummary, options: argparse.Namespace, _: list[str]) -> int:
             return api.check(found.path or found.read(), progress=watcher, **given)
 
         logs.LOGGER.info("reading the headers of %s", counted(found.read().num_rows, "example"))
-        choices, survey = _choose(found, look)
+        choices, survey, of_voxels = _choose(found, look)
     if survey.refusal:
         raise UsageError(f"{options.folder}: a build would write nothing: {survey.refusal}")
     for problem in survey.problems[:_SHOWN]:
         logs.LOGGER.warning("would fail: %s", problem)
-    left = _undecided(found, survey, manifest)
+    left = _undecided(found, survey, manifest) | of_voxels
     text = _format(options.folder, command, choices, survey, left)
     if not found.path:
         write_table(
@@ -139,8 +148,12 @@ def _each_once() -> Iterator[None]:
 # Options by the headers
 
 
-def _choose(found: Recognized, look: _Look) -> tuple[_Choices, Survey]:
-    """The options of a build that keeps every image, as far as headers and some of the images show."""
+def _choose(found: Recognized, look: _Look) -> tuple[_Choices, Survey, _Left]:
+    """The options of a build that keeps every image, as far as headers and some of the images show.
+
+    Returns:
+        The options, the survey with them, and what the voxels leave to the user.
+    """
     choices = _choose_columns(found)
     survey = look(_values(choices))
 
@@ -174,8 +187,8 @@ def _choose(found: Recognized, look: _Look) -> tuple[_Choices, Survey]:
         f"shapes differ ({_counts(survey['records'])}). Records keep them; train on patches, or choose "
         "shape = [X, Y, Z] to crop and pad.",
     )
-    choices |= _choose_by_voxels(found, {problem["row"] for problem in survey["problems"]})
-    return choices, survey
+    more, left = _choose_by_voxels(found, {problem["row"] for problem in survey["problems"]})
+    return choices | more, survey, left
 
 
 def _values(choices: _Choices) -> dict[str, Any]:
@@ -183,6 +196,8 @@ def _values(choices: _Choices) -> dict[str, Any]:
 
 
 def _choose_columns(found: Recognized) -> _Choices:
+    from beam_nifti.manifest.recognition import is_target
+
     choices: _Choices = {}
     if found.id_column:
         choices["id_column"] = _Choice(found.id_column, "Ids of examples.")
@@ -192,6 +207,12 @@ def _choose_columns(found: Recognized) -> _Choices:
             if len(found.images) > 1
             else "The column of paths."
         )
+        targets = [name for name in found.images if is_target(name)]
+        if targets and (rest := [name for name in found.images if name != targets[0]]):
+            reason += (
+                f' To store "{targets[0]}" as a target to predict instead of a channel: '
+                f"path_column = {_toml(rest)} and target_column = {_toml(targets[0])}."
+            )
         choices["path_column"] = _Choice([*found.images], reason)
     if found.mask:
         choices["mask_column"] = _Choice(found.mask, "Label maps are stored with their images.")
@@ -224,6 +245,12 @@ def _choose_frames(found: Recognized, survey: Survey) -> _Choices:
         return {"frames": _Choice("first", reason)}
     if len(counts) == 1:
         reason = f'{have}, {counts[0]} each, which become channels. "each" makes every frame an example.'
+        if len(found.modality) == counts[0]:
+            reason = (
+                f"{have}, which become channels: {', '.join(found.modality)}. All channels of an image share "
+                "one range: rescale applies to them together. Only images of separate files, given with "
+                "path_column, are rescaled separately."
+            )
         return {"frames": _Choice("all", reason)}
     reason = f'{have}, from {counts[0]} to {counts[-1]}. Every frame becomes an example. "first" keeps one.'
     return {
@@ -246,6 +273,9 @@ def _choose_by_advice(survey: Survey) -> _Choices:
         "frames": f"Images differ in their frames ({_counts(survey['shapes'])}).",
         "voxel_dtype": f"Dtypes differ ({_counts(survey['dtypes'])}).",
     }
+    most = max(survey["orientations"].values(), default=0)
+    if len(tied := [name for name, count in survey["orientations"].items() if count == most]) > 1:
+        reasons["orientation"] += f" {' and '.join(tied)} are equally frequent; any of them will do."
     choices: _Choices = {}
     for flag in survey["suggested_flags"]:
         dashed, _, text = flag.partition(" ")
@@ -266,10 +296,16 @@ def _counts(of: Mapping[str, int]) -> str:
 # Options by the voxels of some images
 
 
-def _choose_by_voxels(found: Recognized, failing: Collection[int]) -> _Choices:
-    images = [path for column in found.images for path in _sampled(found, column, failing)]
+def _choose_by_voxels(found: Recognized, failing: Collection[int]) -> tuple[_Choices, _Left]:
+    of_columns = {
+        column: {
+            path: sample for path in _sampled(found, column, failing) if (sample := _sample(path)) is not None
+        }
+        for column in found.images
+    }
+    samples = [sample for of_column in of_columns.values() for sample in of_column.values()]
     masks = _sampled(found, found.mask, failing) if found.mask else []
-    samples, labels = [*filter(None, map(_sample, images))], [*filter(None, map(_sample, masks))]
+    labels = [*filter(None, map(_sample, masks))]
     of, choices = counted(len(samples), "image"), _Choices()
     if bad := [sample.nonfinite for sample in samples if sample.nonfinite]:
         choices["nonfinite"] = _Choice(
@@ -277,11 +313,43 @@ def _choose_by_voxels(found: Recognized, failing: Collection[int]) -> _Choices:
             f"{len(bad)} of {of} whose voxels were read have NaN or infinite voxels, at most "
             f"{max(bad):.2%}. Without this option, such images fail.",
         )
-    choices |= _choose_rescale(found, samples, of)
+    left = _find_some_ct(found, of_columns)
+    if not left:
+        choices |= _choose_rescale(found, samples, of)
     if (most := max((sample.high for sample in labels), default=0)) > _MOST_LABEL:
         reason = f"Labels are up to {most:,.0f} in {counted(len(labels), 'mask')} that were read."
         choices["mask_dtype"] = _Choice("uint16", reason)
-    return choices
+    return choices, left
+
+
+def _find_some_ct(found: Recognized, of_columns: Mapping[str, Mapping[str, _Sample]]) -> _Left:
+    """What to decide where only some of the images, or of the channels, are CT."""
+    loss = "By default, each image is scaled by its own minimum and maximum, which loses Hounsfield units."
+    if len(found.modality) > 1 and len(of_columns) in (1, len(found.modality)):
+        voxels = of_columns.values() if len(of_columns) > 1 else [{}] * len(found.modality)
+        channels = dict(zip(found.modality, voxels, strict=True))
+        ct = [
+            name
+            for name, images in channels.items()
+            if name.lower() == "ct" or (images and all(map(_is_ct, images.values())))
+        ]
+        if not 0 < len(ct) < len(channels):
+            return {}
+        text = (
+            f"Of the channels {', '.join(channels)}, {', '.join(ct)} look{'s' * (len(ct) == 1)} like CT. "
+            f"{loss} One window would be that of all channels. This line keeps the units of each:"
+        )
+        return {"intensities": (text, 'rescale = "none"')}
+    images = {path: sample for each in of_columns.values() for path, sample in each.items()}
+    others = [path.rpartition("/")[2] for path, sample in images.items() if not _is_ct(sample)]
+    if found.modality or not 0 < len(others) < len(images):
+        return {}
+    text = (
+        f"{counted(len(images), 'image')} read, {len(images) - len(others)} of them like CT; "
+        f"{first_few(others, _SHOWN)} {'is' if len(others) == 1 else 'are'} not. {loss} "
+        "If all images are CT, use this line:"
+    )
+    return {"intensities": (text, f"rescale = {_toml(_CT_WINDOW)}")}
 
 
 def _choose_rescale(found: Recognized, samples: Sequence[_Sample], of: str) -> _Choices:
@@ -289,11 +357,11 @@ def _choose_rescale(found: Recognized, samples: Sequence[_Sample], of: str) -> _
         return {}
     low, high = min(sample.low for sample in samples), max(sample.high for sample in samples)
     is_named = bool(found.modality) and all(name.lower() == "ct" for name in found.modality)
-    if is_named or (not found.modality and all(map(_is_ct, samples))):
+    if is_named or ((not found.modality or len(found.images) > 1) and all(map(_is_ct, samples))):
         why = "The images are CT by name" if is_named else "Images have voxels like those of air in CT"
         return {
             "rescale": _Choice(
-                "window:-1024,3071",
+                _CT_WINDOW,
                 f"{why}: {low:,.0f} to {high:,.0f} in {of} that were read. One scale for all of them keeps "
                 'Hounsfield units comparable, and nothing is clipped. For soft tissue: "window:-160,240" '
                 "with clip = true.",
@@ -358,23 +426,28 @@ def _sample(path: str) -> _Sample | None:
 # The file
 
 
-def _undecided(found: Recognized, survey: Survey, manifest: str) -> dict[str, tuple[str, str]]:
-    """What a user should decide: by its name, a comment and a line to use, "" for none."""
-    left = dict[str, tuple[str, str]]()
+def _undecided(found: Recognized, survey: Survey, manifest: str) -> _Left:
+    """What a user should decide, as far as files and headers show."""
+    left = _Left()
     columns = found.read().column_names
+    if found.is_empty("label"):
+        columns.remove("label")
     names = first_few(found.label_columns, _MOST_COLUMNS)
     if "label" not in columns and found.path:
         if names:
             text = f"No labels. Columns of {found.path} that can be labels: {names}."
             left["labels"] = (text, f"label_column = {_toml(found.label_columns[0])}")
         else:
-            left["labels"] = (f"No labels. For labels, add a column label to {found.path}.", "")
+            left["labels"] = (f"No labels. For labels, fill a column label of {found.path}.", "")
     elif "label" not in columns and found.command:
         of = f", which has {names}" if names else ""
         text = f"No labels. This command takes them from a column of participants.tsv{of}:"
         left["labels"] = (text, found.command)
     elif "label" not in columns:
-        text = f"No labels. For labels, add a column label to {manifest}, or see `beam-nifti manifest table`."
+        folders = first_few(found.class_folders, _MOST_COLUMNS)
+        of = f" The names of the folders ({folders}) may be labels." if folders else ""
+        how = f"add a column label to {manifest}, or see `beam-nifti manifest table`"
+        text = f"No labels.{of} For labels, {how}."
         left["labels"] = (text, "")
     if "split" not in columns:
         by = "participant" if "participant_id" in columns else "example, as there is no column participant_id"
@@ -384,7 +457,7 @@ def _undecided(found: Recognized, survey: Survey, manifest: str) -> dict[str, tu
         share = math.ceil(1000 * num / survey["num_images"]) / 1000
         text = f"{counted(num, 'example')} would fail. Repair the images, or accept failures."
         left["failures"] = (text, f"max_bad_fraction = {share:g}")
-    return left
+    return left | dict(found.left)
 
 
 def _format(

@@ -7,6 +7,8 @@ images, of which a table in the folder may be the manifest.
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import re
 import shlex
 from collections import Counter, defaultdict
@@ -24,6 +26,7 @@ from beam_nifti.manifest.msd import SPLITS, find_msd_images, read_channels
 from beam_nifti.manifest.tables import read_table
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.cells import is_missing
+from beam_nifti.support.strict_json import dump_json
 from beam_nifti.support.wording import counted, first_few
 
 _DEPTH: Final = 99  # folders below the one that is searched for images
@@ -37,6 +40,10 @@ _ROLE_OF_NAME: Final = re.compile(rf"(?:(?P<case>.*)[_.-])?(?P<role>{_MASKS}|{_I
 _ROLE_OF_FOLDER: Final = re.compile(rf"(?P<role>{_MASKS}|{_IMAGES})(?:Tr|Ts)?", re.I | re.S)
 _IS_MASK: Final = re.compile(rf"(?:.*[_.-])?(?:{_MASKS})(?:[_.-].*)?", re.I | re.S)
 _MASK_SUFFIX: Final = re.compile("(?:.*mask|dseg|probseg|aseg)", re.I)
+_TARGETS: Final = re.compile(r"(?:.*[_.-])?(?:doses?|targets?)(?:[_.-].*)?", re.I | re.S)
+_NEARLY_ALL: Final = 0.8  # share of folders that have files of the same names, from which these are columns
+_MOST_CLASSES: Final = 20
+_RESERVED: Final = frozenset(["path", "split", "participant_id", "session_id", "image_id", "case_id"])
 _LABEL_MAPS: Final = ("dseg", "mask")
 _IDS: Final = ("image_id", "case_id")
 _KEYS: Final = ("participant_id", "session_id")
@@ -59,6 +66,8 @@ class Recognized:
             tables of a study.
         command: command that writes the manifest again with a label, if there is one.
         notes: what was not used, and why.
+        left: what a user should decide, by its name: a comment, and a line to use, "" for none.
+        class_folders: folders of several examples each, which may be classes.
     """
 
     kind: str
@@ -72,6 +81,8 @@ class Recognized:
     label_columns: tuple[str, ...] = ()
     command: str = ""
     notes: tuple[str, ...] = ()
+    left: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    class_folders: tuple[str, ...] = ()
 
     def cells(self, column: str) -> list[str]:
         """The cells of a column of the manifest."""
@@ -81,6 +92,10 @@ class Recognized:
     def read(self) -> pa.Table:
         """The manifest."""
         return read_table(self.path) if self.table is None else self.table
+
+    def is_empty(self, column: str) -> bool:
+        """Whether a column exists and has no value."""
+        return column in self.read().column_names and all(map(is_missing, self.cells(column)))
 
     def relative_to(self, folder: str) -> pa.Table:
         """The manifest with relative paths of files below a folder."""
@@ -112,7 +127,12 @@ def recognize(root: str, out: str) -> Recognized:
     if not paths:
         raise UsageError(f"{root}: no images, neither there nor in a folder below; name a folder of images")
     table, notes = _recognize_table(folder, paths, root)
-    return table or _recognize_files(folder, paths, notes)
+    if table:
+        return table
+    kept = paths if storage.is_remote(folder) else _drop_links(folder, paths)
+    if links := len(paths) - len(kept):
+        notes.append(f"not used: {counted(links, 'link')} to files that are there under another name")
+    return _recognize_files(folder, kept, [*notes, *_notes_on_twins(folder, kept)])
 
 
 def _recognize_msd(folder: str, channels: Sequence[str]) -> Recognized:
@@ -177,10 +197,25 @@ def _recognize_bids(
     masked, flags, notes = _find_masks(study, suffix, found, all_images=has_several)
     if masked is not None:
         found = masked
-    command = ["beam-nifti", "manifest", "bids", root, "--suffix", suffix, *flags]
+    command = ["beam-nifti", "manifest", "bids", root, "--suffix", suffix]
     command += ["--all-images"] if has_several else []
     written = ["--out", out, "--overwrite"]
+    people = storage.join(root, "participants.tsv")
     columns = _columns_of(storage.join(study.root, "participants.tsv"))
+    without_mask = {} if masked is None else _count_empty(found.table, "mask")
+    rare = {name: those for name, those in sessions.items() if len(images[name]) == len(those)}
+    more = [*(flags if masked and not without_mask else []), *written]
+    left = {} if has_several else _rare_suffixes(rare, suffixes, command[:-1], more)
+    if masked is None and flags:
+        selecting = shlex.join([*command, *flags, *written])
+        notes.append(f"init has no --entity; this command has it: {selecting}")
+        left["masks"] = ("Masks are not used. This command selects one for each image:", selecting)
+    with_label = [*command, *(flags if masked else []), "--label", *columns[:1], *written]
+    if without_mask:  # manifest bids skips images without a mask
+        target = re.sub(r"(\.\w+)$", r"_labelled\1", out)
+        on = ["--on", "participant_id", "--join-columns", f"label={columns[0]}"] if columns else []
+        with_label = ["beam-nifti", "manifest", "table", out, "--join", people, *on, "--unmatched", "keep"]
+        with_label += ["--out", target]
     return Recognized(
         f"a BIDS study with {' and '.join(suffixes)} images",
         found.table,
@@ -188,24 +223,53 @@ def _recognize_bids(
         mask="" if masked is None else "mask",
         id_column="image_id" if has_several else "",
         modality=tuple(suffixes),
+        without_mask=without_mask,
         label_columns=tuple(columns),
-        command=shlex.join([*command, "--label", columns[0], *written]) if columns else "",
+        command=shlex.join(with_label) if columns else "",
         notes=(*found.notes, *notes),
+        left=left,
     )
+
+
+def _rare_suffixes(
+    sessions: Mapping[str, set[tuple[str, str]]],
+    suffixes: Sequence[str],
+    command: Sequence[str],
+    written: Sequence[str],
+) -> dict[str, tuple[str, str]]:
+    """Suffixes that most sessions have: who lacks them, and the command for a manifest of the others."""
+    all_of = sessions[suffixes[0]]
+    left = dict[str, tuple[str, str]]()
+    for suffix, those in sessions.items():
+        lacking = ["_".join(filter(None, session)) for session in sorted(all_of - those)]
+        if suffix not in suffixes and 2 * len(lacking) < len(all_of):
+            both = [*suffixes, suffix]
+            text = (
+                f"{suffix} images are not used, because {first_few(lacking, _SHOWN)} "
+                f"{'has' if len(lacking) == 1 else 'have'} none. This command writes the manifest of the "
+                f"others, for path_column = {dump_json(both)}:"
+            )
+            left[suffix] = (text, shlex.join([*command, ",".join(both), *written]))
+    return left
 
 
 def _columns_of(path: str) -> list[str]:
-    """The columns of a table of participants, besides the ids; none if there is no table."""
-    return (
-        [name for name in read_table(path).column_names if name not in _KEYS] if storage.exists(path) else []
-    )
+    """The columns of a table of participants, besides the ids and empty ones; none if there is no table."""
+    if not storage.exists(path):
+        return []
+    table = read_table(path)
+    return [name for name in table.column_names if name not in _KEYS and _num_given(table, name)]
 
 
 def _find_masks(
     study: Study, suffix: str, found: FoundImages, *, all_images: bool
 ) -> tuple[FoundImages | None, list[str], list[str]]:
-    """The manifest with masks, if every image has one; its flags; and notes on masks that are not used."""
+    """The manifest with the masks of most images; its flags; and notes on masks that are not used.
+
+    Without masks, the flags are those for masks of which a user can select some.
+    """
     above, notes = storage.join(study.root, "derivatives"), list[str]()
+    best, best_flags, ambiguous = FoundImages(found.table.slice(0, 0), ()), list[str](), list[str]()
     places = {"": study}
     for name in storage.list_folders(above):
         if (derivative := _scan(storage.join(above, name))) is not None:
@@ -214,6 +278,7 @@ def _find_masks(
         where = f"derivatives/{name}" if name else "the study"
         for mask in (each for each in _LABEL_MAPS if each in place.images):
             refusal: UsageError | None = None
+            flags = ["--mask-suffix", mask, *(["--derivatives", name] if name else [])]
             for entities in ({}, {f"{mask}:space": [""]}):
                 try:
                     masked = find_bids_images(
@@ -228,14 +293,26 @@ def _find_masks(
                 except UsageError as e:
                     refusal = refusal or e
                     continue
+                chosen = [*flags, *(f"--entity={key}={labels[0]}" for key, labels in entities.items())]
                 if masked.table.num_rows == found.table.num_rows:
-                    flags = ["--mask-suffix", mask, *(["--derivatives", name] if name else [])]
-                    flags += [f"--entity={key}={labels[0]}" for key, labels in entities.items()]
-                    return masked, flags, notes
-                have = f"{masked.table.num_rows} of {counted(found.table.num_rows, 'image')} have one"
-                refusal = UsageError(f"only {have}")
-            notes.append(f"not used: {mask} images of {where} as masks: {refusal}")
-    return None, [], notes
+                    return masked, chosen, notes
+                if masked.table.num_rows > best.table.num_rows:
+                    best, best_flags = masked, chosen
+                refusal = None
+                break
+            if refusal:
+                if "--entity" in str(refusal):
+                    prefix = f"{mask}:" if f"--entity {mask}:" in str(refusal) else ""
+                    ambiguous = ambiguous or [*flags, "--entity", f"{prefix}KEY=LABEL"]
+                notes.append(f"not used: {mask} images of {where} as masks: {refusal}")
+    if not best.table.num_rows:
+        return None, ambiguous, notes
+    image = suffix.split(",")[0] if "," in suffix else "path"
+    masks = dict(zip(best.table[image].to_pylist(), best.table["mask"].to_pylist(), strict=True))
+    cells = [masks.get(path, "") for path in found.table[image].to_pylist()]
+    table = found.table.append_column("mask", pa.array(cells, pa.string()))
+    kept = tuple(note for note in best.notes if not note.endswith(" without a mask"))
+    return FoundImages(table, kept), best_flags, notes
 
 
 # Other images
@@ -253,6 +330,38 @@ def _list_all(folder: str) -> list[str]:
     return drop_second_halves(sorted(paths))
 
 
+def _drop_links(folder: str, paths: Sequence[str]) -> list[str]:
+    """Leave out links to files that are among the paths, and the files of folders that are there twice.
+
+    Links to files elsewhere stay, because those of git-annex lead to one file where images are equal.
+    """
+    real = {path: os.path.realpath(path) for path in paths}
+    place = {  # of the file itself or of its link, in a folder without links
+        path: storage.join(os.path.realpath(path.rpartition("/")[0]), path.rpartition("/")[2])
+        for path in paths
+    }
+    root, seen, kept = os.path.realpath(folder), set[str](), list[str]()
+
+    def rank(path: str) -> tuple[bool, bool, str]:
+        return real[path] != place[path], place[path] != root + path.removeprefix(folder), path
+
+    for path in sorted(paths, key=rank):
+        if not {place[path], real[path]} & seen:
+            kept.append(path)
+        seen.add(place[path])
+    return sorted(kept)
+
+
+def _notes_on_twins(folder: str, paths: Sequence[str]) -> list[str]:
+    """A note on images whose names differ only in the ending, such as .nii and .nii.gz."""
+    counts = Counter(map(stem_of, paths))
+    twins = [path.removeprefix(f"{folder}/") for path in paths if counts[stem_of(path)] > 1]
+    if not twins:
+        return []
+    shown = first_few(twins, 2 * _SHOWN)
+    return [f"same name but for the ending: {shown}; each is an image; remove one if they are the same"]
+
+
 def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Recognized | None, list[str]]:
     """The table of the folder that names most of the images by their paths; and notes on the other tables."""
     known, notes = {*paths}, list[str]()
@@ -263,18 +372,29 @@ def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Reco
         except ManifestError as e:
             notes.append(f"not used: {name}: {'; '.join(e.problems)}")
             continue
-        named = dict[str, set[str]]()
+        named, absent = dict[str, set[str]](), dict[str, list[str]]()
         for column in table.column_names:
             paths_of = _named(table, column, folder)
             if paths_of and paths_of <= known and paths_of not in named.values():
                 named[column] = paths_of
+            elif paths_of & known and (
+                missing := [path for path in sorted(paths_of - known) if not storage.exists(path)]
+            ):
+                absent[column] = missing
         is_full = any(_num_given(table, column) == table.num_rows for column in named)
         num = len(set[str]().union(*named.values()))
+        for column, missing in absent.items():
+            shown = first_few([path.removeprefix(f"{folder}/") for path in missing], _SHOWN)
+            notes.append(
+                f"not used: the column {column} of {name}, which names {counted(len(missing), 'file')} that "
+                f"{'is' if len(missing) == 1 else 'are'} not there: {shown}; copy what is missing, or empty "
+                "its cells"
+            )
         if is_full and 2 * num >= len(known):
             best[name] = (num, table, [*named])
         elif named:
             notes.append(f"not used: {name}, which names {num:,} of {counted(len(known), 'image')}")
-        else:
+        elif not absent:
             notes.append(
                 f"not used: {name}, which has no column of paths of images; beam-nifti manifest table adds "
                 "its columns by ids"
@@ -293,7 +413,8 @@ def _recognize_table(folder: str, paths: Sequence[str], root: str) -> tuple[Reco
     notes += [
         f"not used: the column {column} of {name}; only the first column of masks is" for column in masks[1:]
     ]
-    others = [each for each in table.column_names if each not in (*columns, *_KEYS, *_IDS, "split", "label")]
+    given = [each for each in table.column_names if _num_given(table, each)]
+    others = [each for each in given if each not in (*columns, *_KEYS, *_IDS, "split", "label")]
     found = Recognized(
         f"images that {name} lists",
         None,
@@ -334,7 +455,7 @@ def _id_column(table: pa.Table, image: str) -> str:
 
 def _recognize_files(folder: str, paths: Sequence[str], notes: Sequence[str]) -> Recognized:
     """Images without a table, several of a case by the words in their names or folders."""
-    cases, more = _group(folder, paths)
+    cases, more = _group_by_folder(folder, paths) or _group(folder, paths)
     notes = [*notes, *more]
     kinds = {tuple(sorted(role for role in of if not _is_mask(role))) for of in cases.values()}
     masks = Counter(role for of in cases.values() for role in of if _is_mask(role))
@@ -354,6 +475,8 @@ def _recognize_files(folder: str, paths: Sequence[str], notes: Sequence[str]) ->
     table = table.drop_columns("path")
     if len(roles) > 1 and "participant_id" not in table.column_names:
         table = table.append_column("case_id", pa.array([case for case, _ in rows], pa.string()))
+    tops = Counter(path.removeprefix(f"{folder}/").rpartition("/")[0].partition("/")[0] for path in first)
+    is_class = "" not in tops and 1 < len(tops) <= _MOST_CLASSES and min(tops.values()) > 1
     names = tuple(role or "image" for role in roles) if len(roles) > 1 else ("path",)
     for name, role in (*zip(names, roles, strict=True), *([("mask", mask)] if mask else [])):
         table = table.append_column(name, pa.array([of.get(role, "") for _, of in rows], pa.string()))
@@ -366,7 +489,52 @@ def _recognize_files(folder: str, paths: Sequence[str], notes: Sequence[str]) ->
         modality=roles if len(roles) > 1 else (),
         without_mask=_count_empty(table, "mask") if mask else {},
         notes=(*notes, *notes_on_content(paths)),
+        class_folders=tuple(sorted(tops)) if is_class and "participant_id" not in table.column_names else (),
     )
+
+
+def _group_by_folder(folder: str, paths: Sequence[str]) -> tuple[dict[str, dict[str, str]], list[str]] | None:
+    """The images of each folder by their names, if (nearly) all folders have the same; None otherwise.
+
+    Names that differ only in numbers are a series of examples, not the images of a case. Masks may be
+    missing.
+    """
+    cases = defaultdict[str, dict[str, str]](dict)
+    for path in paths:
+        below = path.removeprefix(f"{folder}/")
+        parent, _, name = (stem_of(below) or below).rpartition("/")
+        name = name.lower()
+        if name in cases[parent] or any(map(_ROLE_OF_FOLDER.fullmatch, parent.split("/"))):
+            return None
+        cases[parent][name] = path
+    counts = Counter(name for of in cases.values() for name in of)
+    enough = max(2, math.ceil(_NEARLY_ALL * len(cases)))
+    images = {name for name, count in counts.items() if count >= enough and not _is_mask(name)}
+    names = images | {name for name, count in counts.items() if count > 1 and _is_mask(name)}
+    words = {name if _ROLE_OF_FOLDER.fullmatch(name) else re.sub(r"\d+", "", name) for name in names}
+    whole = {case: of for case, of in cases.items() if images <= of.keys()}
+    if not images or len(names) < 2 or len(words) < len(names) or names & _RESERVED or len(whole) < enough:
+        return None
+    lacking = sorted(cases.keys() - whole.keys())
+    notes = [
+        f"not used: {case or folder}, which has no {' and no '.join(sorted(images - cases[case].keys()))}"
+        for case in lacking[:_SHOWN]
+    ]
+    if len(lacking) > _SHOWN:
+        notes.append(f"not used: {counted(len(lacking) - _SHOWN, 'other folder')} without these images")
+    others = sorted(path for of in whole.values() for name, path in of.items() if name not in names)
+    if others:
+        shown = first_few([path.removeprefix(f"{folder}/") for path in others], _SHOWN)
+        notes.append(f"not used: {counted(len(others), 'image')} ({shown}) that few folders have")
+    return {
+        case or folder.rpartition("/")[2]: {n: path for n, path in of.items() if n in names}
+        for case, of in whole.items()
+    }, notes
+
+
+def is_target(name: str) -> bool:
+    """Whether a column is named like one of images to predict, such as "dose"."""
+    return _TARGETS.fullmatch(name) is not None
 
 
 def _group(folder: str, paths: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:

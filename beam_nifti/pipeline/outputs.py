@@ -64,8 +64,20 @@ def require_ending(path: str | None, ending: str) -> None:
         raise UsageError(f"--out is {path}; give a name that ends in {ending}")
 
 
-def require_out(path: str, *, overwrite: bool, inputs: Mapping[str, str | None] | None = None) -> None:
+def require_out(
+    path: str,
+    *,
+    overwrite: bool,
+    inputs: Mapping[str, str | None] | None = None,
+    other: str = "another path",
+) -> None:
     """Refuse, before any work, to write a file that exists, is in use otherwise, or cannot be written.
+
+    Args:
+        path: file to be written.
+        overwrite: replace it if it exists.
+        inputs: as of `require_apart`.
+        other: what to choose if it exists.
 
     Raises:
         UsageError: as `require_apart`.
@@ -75,7 +87,7 @@ def require_out(path: str, *, overwrite: bool, inputs: Mapping[str, str | None] 
     require_apart(path, "--out", inputs)
     storage.require_writable(storage.absolute(path), "--out")
     if not overwrite and storage.exists(storage.absolute(path)):
-        raise OutputError(f"{path}: already exists; choose another path, or use --overwrite to replace it")
+        raise OutputError(f"{path}: already exists; choose {other}, or use --overwrite to replace it")
 
 
 def refuse_own(manifest: str, output: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import beam_nifti as bn
 from beam_nifti.cli import main as cli
 from beam_nifti.manifest.recognition import recognize
 from beam_nifti.manifest.tables import read_table
@@ -192,12 +193,54 @@ def test_a_study_of_several_modalities_with_masks_on_another_grid(capsys: Captur
     assert read_table("made/here/data.tsv")["label"].to_pylist() == ["3"]
 
 
-def test_masks_that_some_images_lack_are_not_used_in_a_study(capsys: Capture) -> None:
-    write_bids(2, lambda path, i: write_image(Path(path), brain(seed=i)) and None)
-    labels("data/sub-00/ses-1/anat/sub-00_ses-1_dseg.nii")
-    out, err = init(capsys, "data")
-    assert "not used: dseg images of the study as masks: only 1 of 2 images have one\n" in err
-    assert len(build(out)) == 2
+def test_masks_that_some_images_of_a_study_lack_are_empty(capsys: Capture) -> None:
+    write_bids(3, lambda path, i: write_image(Path(path), brain(seed=i)) and None)
+    for i in (0, 2):
+        labels(f"data/sub-0{i}/ses-1/anat/sub-0{i}_ses-1_dseg.nii")
+    write_manifest(Path("data/participants.tsv"), [{"participant_id": f"sub-0{i}", "age": i} for i in "01"])
+    _, err = init(capsys, "data")
+    assert "not used" not in err
+    assert options_of() == {"mask_column": "mask", "missing_mask": "empty"}
+    masks = read_table("data.tsv")["mask"].to_pylist()
+    assert [Path(path).name[:6] for path in masks] == ["sub-00", "", "sub-02"]
+    # The command for labels keeps the image without a mask.
+    assert cli.main(shlex.split(printed_command())[1:]) == cli.SUCCESS
+    assert read_table("data_labelled.tsv").select(["mask", "label"]).to_pydict() == {
+        "mask": masks,
+        "label": ["0", "1", "n/a"],
+    }
+
+
+def printed_command(path: str = "data.toml") -> str:
+    """The only command of the file that writes a manifest."""
+    lines = Path(path).read_text().splitlines()
+    (command,) = (line[2:] for line in lines if line.startswith("# beam-nifti manifest"))
+    return command
+
+
+def test_a_channel_that_a_participant_lacks_is_left_to_the_user(capsys: Capture) -> None:
+    for i in range(3):
+        for suffix in ("T1w", "FLAIR")[: 1 if i == 1 else 2]:
+            write_image(Path(f"data/sub-{i}/anat/sub-{i}_{suffix}.nii"), brain(seed=i))
+    init(capsys, "data")
+    assert "FLAIR images are not used, because sub-1 has none." in decided()
+    assert cli.main(shlex.split(printed_command())[1:]) == cli.SUCCESS
+    table = read_table("data.tsv")
+    assert {"T1w", "FLAIR"} <= {*table.column_names}
+    assert table["participant_id"].to_pylist() == ["sub-0", "sub-2"]
+
+
+def test_masks_that_must_be_selected_have_a_command(capsys: Capture) -> None:
+    for i in range(2):
+        write_image(Path(f"data/sub-{i}/anat/sub-{i}_T1w.nii"), brain(seed=i))
+        for rater in "ab":
+            labels(f"data/sub-{i}/anat/sub-{i}_desc-{rater}_dseg.nii")
+    _, err = init(capsys, "data")
+    command = printed_command()
+    assert f"init has no --entity; this command has it: {command}" in err
+    words = shlex.split(command.replace("KEY=LABEL", "desc=a"))
+    assert cli.main(words[1:]) == cli.SUCCESS
+    assert read_table("data.tsv")["mask"].to_pylist()[0].endswith("sub-0_desc-a_dseg.nii")
 
 
 def test_channels_and_masks_in_the_folders_of_cases(capsys: Capture) -> None:
@@ -225,6 +268,41 @@ def test_cases_that_have_different_images_are_not_combined(capsys: Capture) -> N
     assert "not used: 1 mask named seg" in err
     assert "not used: the masks of 1 case (c) without an image" in err
     assert {Path(path).name for path in sources(build(out))} == {"a_t1.nii", "a_t2.nii", "b_t1.nii"}
+
+
+def test_files_of_the_same_names_in_folders_are_columns(capsys: Capture) -> None:
+    for i in range(5):
+        for name in ("ct", "dose")[: 1 if i == 4 else 2]:
+            write_image(Path(f"data/case{i}/{name}.nii"), brain(seed=i))
+    labels("data/case0/ptv_mask.nii")
+    labels("data/case1/ptv_mask.nii")
+    write_image(Path("data/case2/extra.nii"))
+    _, err = init(capsys, "data")
+    assert "not used: case4, which has no dose\n" in err
+    assert "not used: 1 image (case2/extra.nii) that few folders have\n" in err
+    assert options_of() == {
+        "id_column": "case_id",
+        "path_column": ["ct", "dose"],
+        "mask_column": "mask",
+        "missing_mask": "empty",
+    }
+    text = " ".join(Path("data.toml").read_text().replace("\n# ", " ").split())
+    assert 'path_column = ["ct"] and target_column = "dose".' in text
+    survey = bn.check("data.tsv", **{**options_of(), "path_column": ["ct"], "target_column": "dose"})
+    assert (survey["num_images"], survey["num_bad"]) == (4, 0)
+
+
+def test_channels_of_4d_images_are_named_with_their_common_range(capsys: Capture) -> None:
+    def write(path: str, seed: int) -> None:
+        write_image(Path(path), brain((6, 5, 4, 2), seed))
+
+    write_decathlon(2, lambda path, i: write(path, i) if i >= 0 else labels(path))
+    content = json.loads(Path("data/dataset.json").read_text())
+    Path("data/dataset.json").write_text(json.dumps(content | {"modality": {"0": "FLAIR", "1": "T1w"}}))
+    init(capsys, "data")
+    assert options_of()["frames"] == "all"
+    text = " ".join(Path("data.toml").read_text().replace("\n# ", " ").split())
+    assert "become channels: FLAIR, T1w. All channels of an image share one range" in text
 
 
 def test_a_table_is_the_manifest(capsys: Capture) -> None:
@@ -270,6 +348,36 @@ def test_ct_is_known_by_its_air(capsys: Capture) -> None:
     assert "-1,000 to 400 in 2 images" in Path("data.toml").read_text()
 
 
+def ct(path: str) -> None:
+    voxels = np.random.default_rng(0).choice([-1000, 40, 60, 400], (6, 5, 4), p=[0.4, 0.3, 0.2, 0.1])
+    write_image(Path(path), voxels.astype(np.int16))
+
+
+def decided(path: str = "data.toml") -> str:
+    """The part of the file for what is not decided, on one line."""
+    return " ".join(Path(path).read_text().partition("Not decided:")[2].replace("\n# ", " ").split())
+
+
+def test_images_of_which_some_are_ct_are_left_to_the_user(capsys: Capture) -> None:
+    for i in range(3):
+        ct(f"data/scan{i}.nii")
+    write_image(Path("data/scan3.nii"), brain())
+    assert "intensities" in init(capsys, "data")[0]
+    assert "rescale" not in options_of()
+    assert "4 images read, 3 of them like CT; scan3.nii is not. By default" in decided()
+    assert '# rescale = "window:-1024,3071"\n' in Path("data.toml").read_text()
+
+
+@pytest.mark.parametrize("name", ["ct", "scan"])
+def test_a_channel_of_ct_is_named(capsys: Capture, name: str) -> None:
+    for i in range(2):
+        ct(f"data/{i}/{name}.nii")
+        write_image(Path(f"data/{i}/pet.nii"), brain(seed=i))
+    init(capsys, "data")
+    assert "rescale" not in options_of()
+    assert f"{name} looks like CT. By default, each image is scaled" in decided()
+
+
 def test_bright_voxels_and_nan_are_found_in_voxels(capsys: Capture) -> None:
     for i in range(2):
         voxels = brain((10, 10, 10), seed=i).astype(np.float32)
@@ -312,7 +420,8 @@ def test_nothing_is_replaced_and_nothing_written_for_nothing(capsys: Capture) ->
     write_image(Path("data/a.nii"))
     for name in ("data.tsv", "data.toml"):
         Path(name).write_text("mine")
-        assert f"{name}: already exists" in init(capsys, "data", code=cli.USAGE)[1]
+        why = f"{name}: already exists; choose another folder with --out DIR, or"
+        assert why in init(capsys, "data", code=cli.USAGE)[1]
         assert sorted(path.name for path in Path().iterdir()) == ["data", name]
         assert Path(name).read_text() == "mine"
         Path(name).unlink()
@@ -320,6 +429,80 @@ def test_nothing_is_replaced_and_nothing_written_for_nothing(capsys: Capture) ->
     out, err = init(capsys, "data", "--overwrite")
     assert "not used: notes.csv, which has no column of paths of images" in err
     assert len(build(out)) == 1
+
+
+def test_a_name_that_no_tsv_can_hold_is_to_be_changed(capsys: Capture) -> None:
+    write_image(Path("data/a\tb.nii"))
+    assert (
+        "has a tab or a line break, which no .tsv can hold; rename the file"
+        in (init(capsys, "data", code=cli.USAGE)[1])
+    )
+
+
+def test_files_of_a_table_that_are_not_there_are_named(capsys: Capture) -> None:
+    write_files(2, lambda path, i: write_image(Path(path), brain(seed=i)) and None)
+    write_manifest(Path("data/t.csv"), [{"file": f"{'ab'[i % 2]}/scan {i}.nii"} for i in range(3)])
+    why = "not used: the column file of t.csv, which names 1 file that is not there: a/scan 2.nii; copy"
+    err = init(capsys, "data")[1]
+    assert why in err
+    assert "has no column" not in err
+
+
+def test_each_file_is_used_once(capsys: Capture) -> None:
+    write_image(Path("data/z/1.nii"), brain(seed=1))
+    write_image(Path("data/z/2.nii"), brain(seed=2))
+    write_image(Path("data/z/2.nii.gz"), brain(seed=3))
+    write_image(Path("elsewhere/3.nii"), brain(seed=4))
+    Path("data/above.nii").symlink_to("z/1.nii")
+    write_image(Path("data/4.nii"), brain(seed=4))
+    Path("data/z/loop").symlink_to("..")
+    for name in ("c", "d"):
+        Path(f"data/{name}").symlink_to("../elsewhere")
+    _, err = init(capsys, "data")
+    assert "links to files that are there under another name\n" in err
+    assert "same name but for the ending: z/2.nii, z/2.nii.gz; each is an image" in err
+    files = [
+        str(Path(path).resolve().relative_to(Path.cwd()))
+        for path in read_table("data.tsv")["path"].to_pylist()
+    ]
+    assert sorted(files) == [
+        *("data/4.nii", "data/z/1.nii", "data/z/2.nii", "data/z/2.nii.gz", "elsewhere/3.nii")
+    ]
+
+
+def test_a_table_may_name_links(capsys: Capture) -> None:
+    write_image(Path("data/z/1.nii"), brain())
+    Path("data/b.nii").symlink_to("z/1.nii")
+    write_manifest(Path("data/t.csv"), [{"path": "b.nii", "age": 3}])
+    assert "found    images that t.csv lists: 1 example" in init(capsys, "data")[0]
+
+
+def test_links_of_git_annex_to_one_file_stay(capsys: Capture) -> None:
+    write_image(Path("data/.git/annex/one.nii"), brain())
+    for name in "ab":
+        Path(f"data/{name}.nii").symlink_to(".git/annex/one.nii")
+    init(capsys, "data")
+    assert read_table("data.tsv")["path"].to_pylist() == ["data/a.nii", "data/b.nii"]
+
+
+def test_folders_may_be_classes_and_orientations_may_tie(capsys: Capture) -> None:
+    for i in range(2):
+        write_image(Path(f"data/covid/{i}.nii"), brain(seed=i))
+        write_image(Path(f"data/normal/{i}.nii"), brain(seed=i), affine=FLIPPED)
+    init(capsys, "data")
+    assert "The names of the folders (covid, normal) may be labels." in decided()
+    assert "are equally frequent" in " ".join(Path("data.toml").read_text().replace("\n# ", " ").split())
+
+
+def test_empty_columns_are_no_labels(capsys: Capture) -> None:
+    rows = []
+    for i in range(2):
+        write_image(Path(f"data/{i}.nii"), brain(seed=i))
+        rows.append({"path": f"{i}.nii", "label": "", "stage": "", "age": i})
+    write_manifest(Path("data/t.csv"), rows)
+    out, _ = init(capsys, "data")
+    assert "can be labels: age. label_column" in decided().replace("# ", "")
+    build(out)
 
 
 def test_all_images_that_fail_leave_no_file(capsys: Capture) -> None:
@@ -338,6 +521,9 @@ def test_all_images_that_fail_leave_no_file(capsys: Capture) -> None:
         ("sub-0001 sub-0002", ("path",), False),
         ("a_mask b_mask", ("path",), False),
         ("a a_t2", ("image", "t2"), False),
+        ("a/scan1 a/scan2 b/scan1 b/scan2", ("path",), False),
+        ("a/x a/y b/x b/y", ("x", "y"), False),
+        ("a/one_ct a/mask b/one_ct b/mask", ("path",), True),
     ],
 )
 def test_roles_in_names(paths: str, images: tuple[str, ...], mask: bool) -> None:
