@@ -19,17 +19,18 @@ def in_own_units(name: str, voxels: Voxels, scaling: Scaling) -> Voxels:
     Raises:
         VolumeError: finite values are beyond float32.
     """
-    ends = scaling.apply(np.array([voxels.min(), voxels.max()], voxels.dtype))
-    if np.isfinite(ends).all() and np.abs(ends).max() > np.finfo(TARGET_DTYPE).max:
-        low, high = sorted(ends.tolist())
-        raise VolumeError(
-            f"{name}: the target has values from {low:g} to {high:g}, which {TARGET_DTYPE} cannot hold; "
-            "store it in another unit"
-        )
     if voxels.dtype == TARGET_DTYPE and scaling.is_identity:
         return voxels
     with np.errstate(over="ignore"):
-        return keep_units(voxels, scaling)
+        target = keep_units(voxels, scaling)
+    beyond = np.isinf(target) & np.isfinite(voxels)
+    if beyond.any():
+        values = scaling.apply(voxels[beyond])
+        raise VolumeError(
+            f"{name}: the target has values such as {values[np.abs(values).argmax()]:g}, which {TARGET_DTYPE} "
+            "cannot hold; store it in another unit"
+        )
+    return target
 
 
 def is_rounded(voxels: Voxels, scaling: Scaling, target: Voxels) -> bool:
