@@ -25,10 +25,10 @@ def in_own_units(name: str, voxels: Voxels, scaling: Scaling) -> Voxels:
         target = keep_units(voxels, scaling)
     beyond = np.isinf(target) & np.isfinite(voxels)
     if beyond.any():
-        values = scaling.apply(voxels[beyond])
+        value = scaling.apply(voxels[beyond])[0]
         raise VolumeError(
-            f"{name}: the target has values such as {values[np.abs(values).argmax()]:g}, which {TARGET_DTYPE} "
-            "cannot hold; store it in another unit"
+            f"{name}: the target has values such as {value:g}, which {TARGET_DTYPE} cannot hold; store it in "
+            "another unit"
         )
     return target
 
