@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from beam_nifti.config import BuildConfig
 from beam_nifti.errors import BuildSummary, EngineError, UsageError
@@ -33,14 +33,11 @@ from beam_nifti.record.dataset_info import DatasetInfo, read_info
 from beam_nifti.storage import paths as storage
 from beam_nifti.support import logs
 from beam_nifti.support.outcomes import engine_outcome
-from beam_nifti.support.wording import counted, first_few
-from beam_nifti.volume.notes import warnings_of
+from beam_nifti.support.wording import counted
+from beam_nifti.volume.notes import of_unmapped, warnings_of
 
 if TYPE_CHECKING:
     from beam_nifti.pipeline.survey import Survey
-
-
-_SHOWN_LABELS: Final = 10  # in a warning
 
 
 @logs.shared
@@ -150,8 +147,7 @@ def run_build_on(engine: Engine, rows: bytes | None, watcher: Watcher) -> Datase
                 for warning in warnings_of(metrics.counters):
                     logs.LOGGER.warning("%s", warning)
                 if unmapped := summary.unmapped_labels:
-                    labels = first_few(unmapped, _SHOWN_LABELS)
-                    logs.LOGGER.warning("warning: --map-labels replaces labels that no mask has: %s", labels)
+                    logs.LOGGER.warning("warning: %s", of_unmapped(unmapped))
         return read_info(plan.config.output)
 
 

@@ -22,10 +22,10 @@ from beam_nifti.pipeline.voxel_survey import TEXTS as VOXEL_TEXTS
 from beam_nifti.pipeline.voxel_survey import Finding, MeasuredImage, measure_image
 from beam_nifti.storage import paths as storage
 from beam_nifti.support.document import Document
-from beam_nifti.support.wording import bytes_text, counted, first_few, format_rows, size_text
+from beam_nifti.support.wording import bytes_text, counted, format_rows, size_text
 from beam_nifti.volume.files import image_files, reading
 from beam_nifti.volume.header import RecordLayout, VolumeHeader, require_frames, require_storable
-from beam_nifti.volume.notes import TEXTS
+from beam_nifti.volume.notes import TEXTS, of_unmapped
 from beam_nifti.volume.volume import load_header
 
 MAX_PROBLEMS: Final = 1000
@@ -39,7 +39,6 @@ _COPIES: Final = 2
 """Copies of a volume that a thread holds at a time. Source: docs/large-volumes.md."""
 
 _SHOWN: Final = 5  # lines of a kind that a table shows
-_SHOWN_LABELS: Final = 10  # in a warning
 _FACTS: Final[Mapping[str, Callable[[ImageKind], str]]] = {
     "shapes": lambda kind: size_text(kind.shape),
     "spacings": lambda kind: size_text(kind.zooms),
@@ -362,10 +361,7 @@ def _report_rows(r: Mapping[str, Any], accept: bool) -> Iterator[tuple[str, str]
         named = [_named(image) for image in noted["images"]]
         yield from _listed("", named, noted["num_images"])
     if unmapped := r.get("unmapped_labels"):
-        yield (
-            "warning",
-            f"--map-labels replaces labels that no mask has: {first_few(unmapped, _SHOWN_LABELS)}",
-        )
+        yield "warning", of_unmapped(unmapped)
     if "not_compared" in r:
         yield "not compared", r["not_compared"]
     yield from _listed("duplicates?", [" = ".join(group) for group in r["twins"]])

@@ -52,13 +52,13 @@ def positions_of(mask: Voxels) -> list[int]:
     shares = (steps << _BITS) + steps * _GOLDEN % (1 << _BITS)
     ranks = totals[labels, np.newaxis] * shares // (count << _BITS)
     found, before = np.zeros_like(ranks), np.zeros(labels.size, np.int64)
-    for part, voxels, counts in _chunks(mask):
+    for start, part, voxels, counts in _chunks(mask):
         after = before + counts[labels]
         is_here = (ranks >= before[:, np.newaxis]) & (ranks < after[:, np.newaxis])
         if is_here.any():
             by_label = np.argsort(part, kind="stable")
             firsts = (np.cumsum(counts) - counts)[labels] - before
-            found[is_here] = voxels[by_label[(ranks + firsts[:, np.newaxis])[is_here]]]
+            found[is_here] = start + voxels[by_label[(ranks + firsts[:, np.newaxis])[is_here]]]
         before = after
     positions: list[int] = found.reshape(-1).tolist()
     return positions
@@ -67,26 +67,27 @@ def positions_of(mask: Voxels) -> list[int]:
 def label_counts(mask: Voxels) -> npt.NDArray[np.int64]:
     """How many voxels have each label that the dtype allows, in any channel."""
     totals = np.zeros(np.iinfo(mask.dtype).max + 1, np.int64)
-    for _, _, counts in _chunks(mask):
+    for _, _, _, counts in _chunks(mask):
         totals += counts
     return totals
 
 
-def _chunks(mask: Voxels) -> Iterator[tuple[Voxels, Places, Places]]:
-    """The labels of each part of a mask, the numbers of their voxels, and how many voxels have each label.
+def _chunks(mask: Voxels) -> Iterator[tuple[int, Voxels, Places, Places]]:
+    """The first voxel of each part of a mask, its labels and their voxels in it, and the count of each label.
 
     A label that a voxel has in several channels is there once.
     """
     flat, num_labels = mask.reshape(math.prod(mask.shape[:3]), -1), np.iinfo(mask.dtype).max + 1
+    everything = np.arange(min(_CHUNK, len(flat)))
     for start in range(0, len(flat), _CHUNK):
         part = flat[start : start + _CHUNK]
-        labels, voxels = part[:, 0], np.arange(start, start + len(part))
+        labels, voxels = part[:, 0], everything[: len(part)]
         if part.shape[1] > 1:
             is_new = np.ones(part.shape, np.bool_)
             for one, other in itertools.combinations(range(part.shape[1]), 2):
                 is_new[:, other] &= part[:, one] != part[:, other]
-            labels, voxels = part[is_new], start + np.nonzero(is_new)[0]
-        yield labels, voxels, np.bincount(labels, minlength=num_labels)
+            labels, voxels = part[is_new], np.nonzero(is_new)[0]
+        yield start, labels, voxels, np.bincount(labels, minlength=num_labels)
 
 
 def of_each_mask(mask: Voxels, make: Callable[[Voxels], Voxels]) -> Voxels:

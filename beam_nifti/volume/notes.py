@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
 from beam_nifti.config import FAR
-from beam_nifti.support.wording import counted
+from beam_nifti.support.wording import counted, first_few
 
 TEXTS: Final = {
     "sform-unusable": "the sform is singular or not finite; the qform is used",
@@ -62,6 +62,9 @@ OF_VOXELS: Final = frozenset(
 """Notes that headers do not determine, so `check` names their images only with `--voxels`."""
 
 
+_SHOWN_LABELS: Final = 10  # in a warning
+
+
 def counter_name(note: str) -> str:
     """Beam's counter of the examples that have a note."""
     return f"note-{note}"
@@ -78,3 +81,8 @@ def warnings_of(counters: Mapping[str, int]) -> Iterator[str]:
         if count := counters.get(counter_name(note), 0):
             command = f"check{' --voxels' if note in OF_VOXELS else ''}"
             yield f"warning: {counted(count, 'example')}: {text}; beam-nifti {command} lists these images"
+
+
+def of_unmapped(labels: Sequence[int]) -> str:
+    """That these labels, which `--map-labels` replaces, are in no mask."""
+    return f"--map-labels replaces labels that no mask has: {first_few(labels, _SHOWN_LABELS)}"
